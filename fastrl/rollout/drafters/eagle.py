@@ -1,0 +1,186 @@
+"""The EAGLE drafter: one decoder layer over (embedding of token t+1, target hidden state of token t).
+
+Its output at t approximates the target's hidden state of token t+1; the target's LM head turns that into
+the distribution of token t+2. Embedding and LM head are the target's, frozen and never part of the
+drafter. The same forward trains (packed, segment-masked) and serves (cached, tree-masked).
+
+Source: EAGLE (Li et al., ICML 2024, arXiv 2401.15077), in the weight layout of SafeAILab/EAGLE that SGLang
+loads (`LlamaForCausalLMEagle`): `fc` and one Llama layer whose input norm is left out.
+Leaves out EAGLE-3 and training; the loss is fastrl/rollout/drafters/loss.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from fastrl.rollout.attention import CACHED_ATTENTION
+
+ARCHITECTURE = "LlamaForCausalLMEagle"
+_SHARED_WITH_TARGET = ("embed_tokens", "lm_head")
+
+
+class EagleDrafter(nn.Module):
+    """One-layer drafter over a target's features.
+
+    Args:
+        config: Llama-style configuration with one hidden layer; hidden size and vocabulary are the target's.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        config._attn_implementation = CACHED_ATTENTION
+        self.config = config
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=True)
+        layer = LlamaDecoderLayer(config, layer_idx=0)
+        layer.input_layernorm = nn.Identity()
+        self.layers = nn.ModuleList([layer])
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+
+    @classmethod
+    def for_target(cls, target: PretrainedConfig, *, seed: int) -> EagleDrafter:
+        """A randomly initialized drafter of a target's dimensions."""
+        target = target.get_text_config()
+        config = LlamaConfig(
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            intermediate_size=target.intermediate_size,
+            num_hidden_layers=1,
+            num_attention_heads=target.num_attention_heads,
+            num_key_value_heads=target.num_key_value_heads,
+            head_dim=getattr(target, "head_dim", None)
+            or target.hidden_size // target.num_attention_heads,
+            rms_norm_eps=target.rms_norm_eps,
+            max_position_embeddings=target.max_position_embeddings,
+            rope_parameters=dict(target.rope_parameters),
+            architectures=[ARCHITECTURE],
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drafter = cls(config)
+            for parameter in drafter.parameters():
+                if parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=target.initializer_range)
+            nn.init.zeros_(drafter.fc.bias)
+        return drafter
+
+    def forward(
+        self,
+        embeddings_BTD: Tensor,
+        hidden_BTD: Tensor,
+        position_ids_BT: Tensor,
+        attention_mask: Tensor | None = None,
+        **attention_kwargs: Any,
+    ) -> Tensor:
+        """Predicted hidden states of the next token, [B, T, D].
+
+        Args:
+            embeddings_BTD: target embeddings of tokens t+1.
+            hidden_BTD: target (or, deeper in a tree, predicted) hidden states of tokens t.
+            position_ids_BT: t, counted from the sequence's (or packed segment's) start.
+            attention_mask: [B, 1, T, T] bool, True where a query may see a key; None with a `kv_view`.
+            attention_kwargs: `kv_view` when serving from a cache.
+        """
+        inputs = self.fc(torch.cat((embeddings_BTD, hidden_BTD), dim=-1))
+        position_embeddings = self.rotary_emb(inputs, position_ids=position_ids_BT)
+        return self.layers[0](  # type: ignore[no-any-return]
+            inputs,
+            attention_mask=attention_mask,
+            position_ids=position_ids_BT,
+            position_embeddings=position_embeddings,
+            **attention_kwargs,
+        )
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Trainable tensors by checkpoint name: what is trained, published and saved."""
+        yield from self.named_parameters()
+
+    def check_target(self, target: PretrainedConfig, source: str) -> None:
+        """Raise ValueError naming each dimension in which the drafter does not fit the target."""
+        target = target.get_text_config()
+        for name in ("hidden_size", "vocab_size"):
+            ours, theirs = getattr(self.config, name), getattr(target, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"drafter {source} has {name} {ours}, but the policy's is {theirs}: a drafter serves only "
+                    f"the target it was made for; give the drafter of this policy, or make one with "
+                    f"EagleDrafter.for_target"
+                )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` in the layout SGLang loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: tensor.detach().contiguous().cpu() for name, tensor in self.named_weights()
+        }
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config = self.config.to_diff_dict() | {
+            "architectures": [ARCHITECTURE],
+            "model_type": "llama",
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, target: PretrainedConfig | None = None
+    ) -> EagleDrafter:
+        """Load a checkpoint; with `target`, check that it fits.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file of it is missing.
+            ValueError: another architecture, other dimensions, or missing or unknown weights.
+        """
+        folder = Path(folder)
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(
+                    f"drafter checkpoint {folder} has no {file}; expected a folder with config.json and "
+                    f"model.safetensors, as EagleDrafter.save_pretrained writes"
+                )
+        raw = json.loads((folder / "config.json").read_text())
+        if raw.get("architectures") != [ARCHITECTURE]:
+            raise ValueError(
+                f"drafter checkpoint {folder} has architectures {raw.get('architectures')}, expected "
+                f"['{ARCHITECTURE}']: is it a drafter?"
+            )
+        drafter = cls(LlamaConfig.from_dict(raw))
+        if target is not None:
+            drafter.check_target(target, str(folder))
+        drafter.load_weights(load_file(folder / "model.safetensors").items(), source=str(folder))
+        return drafter
+
+    def load_weights(self, named_tensors: Any, source: str) -> None:
+        """Copy weights in place; every trainable tensor must be given, nothing unknown may be.
+
+        Copies of the target's embedding and LM head are skipped (published checkpoints carry them).
+        Raises ValueError naming missing, unknown and misshapen tensors.
+        """
+        own = dict(self.named_weights())
+        given = {
+            name: tensor
+            for name, tensor in named_tensors
+            if not name.removeprefix("model.").startswith(_SHARED_WITH_TARGET)
+        }
+        missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+        misshapen = [
+            f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own.keys() & given.keys()
+            if own[name].shape != given[name].shape
+        ]
+        if missing or unknown or misshapen:
+            raise ValueError(
+                f"drafter weights of {source} do not fit: missing {missing}, unknown {unknown}, "
+                f"misshapen {misshapen}"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(given[name])

@@ -1,0 +1,108 @@
+"""The contract of a rollout engine, and of the strategy selector it asks before each decode step.
+
+Two engines keep it: the embedded one (`torch_engine`) and SGLang's (`sglang_engine`). The same contract
+tests run over both. Nothing here imports Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams, StepStats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdleWindow:
+    """Time that an engine has no use for: it has finished, and others have not."""
+
+    should_stop: Callable[[], bool]
+    """Ask after every micro-step; once true, return at once."""
+
+
+IdleHook = Callable[[IdleWindow], None]
+
+
+@runtime_checkable
+class StrategySelector(Protocol):
+    """Chooses the speculation strategy of each decode step."""
+
+    def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
+        """Strategy for a step over `batch_size` live rows, the longest of `context_tokens` tokens."""
+        ...
+
+    def record(self, stats: StepStats) -> None:
+        """Learn from a finished step."""
+        ...
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Generates rollouts that follow the policy's exact sampling distribution."""
+
+    drafter_path: str | None
+    """Checkpoint folder of the drafter it speculates with; None: speculation is off."""
+    strategy_selector: StrategySelector
+    on_idle: IdleHook | None
+    """Given the time in which this rank has finished generating and others have not."""
+
+    def start(self, model_path: str) -> None:
+        """Load model, tokenizer and drafter; after process groups exist, before the first `generate`."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        rl_step: int = 0,
+        return_hidden_states: bool = False,
+    ) -> list[Rollout]:
+        """`num_samples` responses a prompt, in order (prompt-major).
+
+        The randomness of each token is a function of (seed, rl_step, prompt id, sample index, position)
+        alone. Raises ValueError for a prompt that leaves no room for a response.
+        """
+        ...
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights it samples from; -1 before the first `load_policy`."""
+        ...
+
+    def load_policy(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the policy's weights (Hugging Face names). All of them: a missing name raises."""
+        ...
+
+    def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the drafter's trainable weights; embedding and LM head stay the policy's."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """What the last `generate` did."""
+        ...
+
+    def sleep(self) -> None:
+        """Give back the memory of the cache (and, where weights are copies, of the weights)."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again; the caller pushes the weights afterwards."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: versions; weights are pushed again."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        ...
+
+    def close(self) -> None:
+        """End processes and free memory; safe to call twice."""
+        ...
