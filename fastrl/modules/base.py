@@ -1,0 +1,445 @@
+"""PolicyModule: one rollout batch in, one RL step of the policy out, whatever the algorithm.
+
+An algorithm is a subclass that says what its advantages are and what a token's loss is (grpo.py,
+reinforce.py; docs/new_algorithm.md). Here is what they share: loading, mini-batches and epochs,
+token-budgeted micro-batches, KL to a reference and entropy, manual optimization, logging,
+validation. Leaves out critics and sharding. Shape legend: fastrl/types.py.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
+
+from fastrl.modules.loading import check_model_folder, load_causal_lm
+from fastrl.modules.logprobs import response_logprobs
+from fastrl.modules.micro_batches import TrainingRows, split_micro_batches, split_mini_batches
+from fastrl.modules.objectives import Aggregation, KLEstimator, kl_estimate, token_weights
+from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count_rl_steps
+from fastrl.modules.update_metrics import UpdateMetrics
+from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
+
+PASS_REWARD = 1 - 1e-6
+"""A response passes (pass@1) if its reward is at least this: full marks, up to rounding."""
+
+MiniBatch = list[list[int]]
+"""Micro-batches of one optimizer step, each a list of row numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossInputs:
+    """What an algorithm's loss is made of: [B, T] float32 each, of the tokens of one micro-batch.
+
+    Positions outside the response hold 0 or leftovers; their weight is 0.
+    """
+
+    policy_logprobs_BT: Tensor
+    """Of the policy being trained; differentiable."""
+    old_logprobs_BT: Tensor
+    """Of the policy before the batch's first update; with a single one, the current, detached."""
+    advantages_BT: Tensor
+    response_mask_BT: Tensor  # bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredResponse:
+    """What `fastrl predict` returns for each rollout."""
+
+    prompt: str
+    response: str
+    reward: float
+
+
+class PolicyModule(LightningModule, ABC):
+    """Trains a causal LM on rollouts of itself.
+
+    Args:
+        model_path: Folder of the Hugging Face model to train (and of the KL reference).
+        optimizer: AdamW, its learning rate over RL steps, gradient clipping.
+        num_epochs: Passes over each rollout batch.
+        num_mini_batches: Optimizer steps per pass; each takes its share of the rows.
+        micro_batch_tokens: Most tokens of a forward, padding included; a matter of memory and speed
+            alone.
+        aggregation: Mean of token losses over all tokens (token-mean), over each response and then
+            over responses (sequence-mean), or their sum over responses * sampling.max_tokens
+            (constant, Dr.GRPO).
+        kl_coef: Weight of the KL divergence to the initial model in the loss; 0 loads no reference.
+        kl_estimator: k1, k2 or k3, see fastrl/modules/objectives.py.
+        entropy_coef: Weight of the entropy bonus in the loss.
+    """
+
+    policy: PreTrainedModel
+    """The model under training, loaded in `configure_model`."""
+
+    def __init__(
+        self,
+        model_path: str,
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008 (frozen)
+        num_epochs: int = 1,
+        num_mini_batches: int = 1,
+        micro_batch_tokens: int = 8192,
+        aggregation: Aggregation = "token-mean",
+        kl_coef: float = 0.0,
+        kl_estimator: KLEstimator = "k3",
+        entropy_coef: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_model_folder(model_path)
+        for name, value in (
+            ("num_epochs", num_epochs),
+            ("num_mini_batches", num_mini_batches),
+            ("micro_batch_tokens", micro_batch_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"model.{name} must be >= 1, got {value}")
+        if kl_coef < 0:
+            raise ValueError(f"model.kl_coef must be >= 0 (0: no reference), got {kl_coef}")
+        self.model_path = model_path
+        self.optimizer_settings = optimizer
+        self.num_epochs = num_epochs
+        self.num_mini_batches = num_mini_batches
+        self.micro_batch_tokens = micro_batch_tokens
+        self.aggregation: Aggregation = aggregation
+        self.kl_coef = kl_coef
+        self.kl_estimator: KLEstimator = kl_estimator
+        self.entropy_coef = entropy_coef
+
+        self.automatic_optimization = False
+        self.rl_step = 0
+        self.policy_version = 0
+        self.collect_features = False
+        self._features: dict[int, SequenceFeatures] = {}
+        self._is_configured = False
+        # In a tuple, so that it is no submodule: it never changes, and stays out of checkpoints.
+        self._reference: tuple[PreTrainedModel, ...] = ()
+
+    # ---- what an algorithm says ------------------------------------------------------------------
+
+    @abstractmethod
+    def advantages(self, batch: RolloutBatch) -> Tensor:
+        """Advantage of each row, [B], or of each token, [B, T]; over the whole rollout batch."""
+
+    @abstractmethod
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of each token, [B, T], KL and entropy aside; [B, T] values to log as token means."""
+
+    # ---- model -----------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the policy and, where KL wants one, the reference."""
+        if self._is_configured:
+            return
+        self.policy = load_causal_lm(self.model_path)
+        if self.kl_coef > 0:
+            self._reference = (load_causal_lm(self.model_path).requires_grad_(False),)
+        self._is_configured = True
+
+    def on_fit_start(self) -> None:
+        """Check the weights' precision; bring the reference to the policy's device."""
+        rounded = [n for n, p in self.policy.named_parameters() if p.dtype != torch.float32]
+        if rounded:
+            raise ValueError(
+                f"the policy's weights must be float32, {rounded[0]} is not: small updates would "
+                f"round away; use trainer.precision 32-true or bf16-mixed"
+            )
+        for reference in self._reference:
+            cast(nn.Module, reference).to(self.device)
+
+    def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Named weights, the live parameters; tied ones once, under their first name."""
+        yield from self.policy.named_parameters()
+
+    def take_features(self) -> list[SequenceFeatures]:
+        """Features of the last batch, in its rows' order; they are handed over once."""
+        features, self._features = self._features, {}
+        return [features[row] for row in sorted(features)]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and a scheduler that counts RL steps."""
+        num_rl_steps = float("inf")
+        if self.optimizer_settings.schedule != "constant":
+            num_rl_steps = count_rl_steps(self.trainer, self.updates_per_step)
+        optimizer, scheduler = self.optimizer_settings.build(self.policy.parameters(), num_rl_steps)
+        return [optimizer], [scheduler]
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps an RL step."""
+        return self.num_epochs * self.num_mini_batches
+
+    # ---- the RL step -----------------------------------------------------------------------------
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> None:
+        """One RL step: every epoch and mini-batch of a rollout batch."""
+        started_s = time.perf_counter()
+        _check_trainable(batch, self.policy_version)
+        lengths = batch.attention_mask_BT.sum(1).tolist()
+        mini_batches = [
+            split_micro_batches(rows, lengths, self.micro_batch_tokens)
+            for rows in split_mini_batches(len(batch), self.num_mini_batches)
+        ]
+        rows = self._prepare(batch, lengths, mini_batches)
+        metrics = UpdateMetrics()
+        for epoch in range(self.num_epochs):
+            for mini_batch in mini_batches:
+                self._update(rows, mini_batch, batch.sampling, metrics, is_first_epoch=epoch == 0)
+        scheduler = cast(LRScheduler, self.lr_schedulers())
+        lr = scheduler.get_last_lr()[0]
+        scheduler.step()
+        self.rl_step += 1
+        self.policy_version += 1
+        self._log_step(batch, {**metrics.result(), "lr": lr}, started_s)
+
+    def _prepare(
+        self, batch: RolloutBatch, lengths: Sequence[int], mini_batches: Sequence[MiniBatch]
+    ) -> TrainingRows:
+        """Everything about the batch that the updates will not change."""
+        mask_BT = batch.response_mask_BT
+        advantages = self.advantages(batch).to(mask_BT.device)
+        if not advantages.isfinite().all():
+            raise FloatingPointError(
+                f"RL step {self.rl_step}: advantages are not finite; rewards range from "
+                f"{batch.rewards_B.min():g} to {batch.rewards_B.max():g}. Check the reward function"
+            )
+        if advantages.ndim == 1:
+            advantages = advantages.unsqueeze(1).expand_as(mask_BT)
+        weights_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+        for mini_batch in mini_batches:
+            members = sorted(row for rows in mini_batch for row in rows)
+            weights_BT[members] = token_weights(
+                mask_BT[members], self.aggregation, max_tokens=batch.sampling.max_tokens
+            )
+        rows = TrainingRows(
+            tokens_BT=batch.tokens_BT,
+            response_mask_BT=mask_BT,
+            lengths=tuple(lengths),
+            weights_BT=weights_BT,
+            advantages_BT=advantages,
+            rollout_logprobs_BT=batch.rollout_logprobs_BT,
+        )
+        micro_batches = [micro for mini_batch in mini_batches for micro in mini_batch]
+        old = reference = None
+        if self.updates_per_step > 1:
+            old = self._frozen_logprobs(self.policy, rows, micro_batches, batch.sampling)
+        if self._reference:
+            reference = self._frozen_logprobs(
+                self._reference[0], rows, micro_batches, batch.sampling
+            )
+        return replace(rows, old_logprobs_BT=old, reference_logprobs_BT=reference)
+
+    @torch.no_grad()
+    def _frozen_logprobs(
+        self,
+        model: PreTrainedModel,
+        rows: TrainingRows,
+        micro_batches: Sequence[list[int]],
+        sampling: SamplingParams,
+    ) -> Tensor:
+        """Log-probabilities of all rows' tokens, [B, T], by the forwards that training will do."""
+        logprobs_BT = torch.zeros_like(rows.weights_BT)
+        for members in micro_batches:
+            micro = rows.take(members)
+            logprobs, _, _ = _forward(model, micro, sampling)
+            logprobs_BT[members, : logprobs.shape[1]] = logprobs
+        return logprobs_BT
+
+    def _update(
+        self,
+        rows: TrainingRows,
+        mini_batch: MiniBatch,
+        sampling: SamplingParams,
+        metrics: UpdateMetrics,
+        *,
+        is_first_epoch: bool,
+    ) -> None:
+        """One optimizer step: forward and backward of each micro-batch, then clip and step."""
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        optimizer.zero_grad()
+        total_loss = torch.zeros((), device=rows.weights_BT.device)
+        for members in mini_batch:
+            micro = rows.take(members)
+            logprobs_BT, entropy_BT, hidden_BTD = _forward(
+                self.policy, micro, sampling, has_entropy_gradient=self.entropy_coef != 0
+            )
+            loss = self._micro_loss(
+                micro, logprobs_BT, entropy_BT, metrics, is_first_epoch=is_first_epoch
+            )
+            self.manual_backward(loss)
+            total_loss += loss.detach()
+            if self.collect_features and is_first_epoch:
+                self._store_features(members, micro, hidden_BTD.detach())
+        grad_norm = clip_gradients(
+            self.policy,
+            self.optimizer_settings.max_grad_norm,
+            loss=total_loss,
+            rl_step=self.rl_step,
+        )
+        optimizer.step()
+        metrics.add_update("loss", total_loss)
+        metrics.add_update("grad_norm", grad_norm)
+
+    def _micro_loss(
+        self,
+        micro: TrainingRows,
+        logprobs_BT: Tensor,
+        entropy_BT: Tensor,
+        metrics: UpdateMetrics,
+        *,
+        is_first_epoch: bool,
+    ) -> Tensor:
+        """This micro-batch's share of the mini-batch's loss; scalar."""
+        current_BT = logprobs_BT.detach()
+        old_BT = current_BT if micro.old_logprobs_BT is None else micro.old_logprobs_BT
+        loss_BT, values = self.loss(
+            LossInputs(
+                policy_logprobs_BT=logprobs_BT,
+                old_logprobs_BT=old_BT,
+                advantages_BT=micro.advantages_BT,
+                response_mask_BT=micro.response_mask_BT,
+            )
+        )
+        values = {**values, "entropy": entropy_BT}
+        if micro.reference_logprobs_BT is not None:
+            kl_BT = kl_estimate(logprobs_BT, micro.reference_logprobs_BT, self.kl_estimator)
+            loss_BT = loss_BT + self.kl_coef * kl_BT
+            values["kl"] = kl_BT
+        if self.entropy_coef != 0:
+            loss_BT = loss_BT - self.entropy_coef * entropy_BT
+        if is_first_epoch:
+            values["logprob_gap"] = (old_BT - micro.rollout_logprobs_BT).abs()
+        metrics.add_tokens(values, micro.response_mask_BT)
+        log_ratio_BT = torch.where(micro.response_mask_BT, current_BT - old_BT, -math.inf)
+        metrics.add_max("ratio_max", log_ratio_BT.max().exp())
+        return (micro.weights_BT * loss_BT).sum()
+
+    def _store_features(
+        self, members: Sequence[int], micro: TrainingRows, hidden_BTD: Tensor
+    ) -> None:
+        num_prompt_tokens = micro.response_mask_BT.int().argmax(1).tolist()
+        for place, row in enumerate(members):
+            length = micro.lengths[place]
+            self._features[row] = SequenceFeatures(
+                tokens_T=micro.tokens_BT[place, :length].clone(),
+                hidden_TD=hidden_BTD[place, :length].clone(),
+                num_prompt_tokens=num_prompt_tokens[place],
+                rl_step=self.rl_step,
+            )
+
+    def _log_step(
+        self, batch: RolloutBatch, values: Mapping[str, float | Tensor], started_s: float
+    ) -> None:
+        rewards_B = batch.rewards_B.float()
+        self.log_dict(
+            {
+                "step": float(self.rl_step),
+                "reward/mean": rewards_B.mean(),
+                "reward/std": rewards_B.std(correction=0),
+                **{f"policy/{name}": value for name, value in values.items()},
+                "time/update": time.perf_counter() - started_s,
+            },
+            on_step=True,
+            on_epoch=False,
+            batch_size=len(batch),
+        )
+
+    # ---- evaluation ------------------------------------------------------------------------------
+
+    def validation_step(self, batch: RolloutBatch, batch_idx: int) -> None:
+        """Mean reward and pass@1 on held-out prompts."""
+        self._log_rewards(batch, "reward/held_out", "reward/pass@1")
+
+    def test_step(self, batch: RolloutBatch, batch_idx: int) -> None:
+        """Mean reward and pass@1 on test prompts."""
+        self._log_rewards(batch, "reward/test", "reward/test_pass@1")
+
+    def predict_step(self, batch: RolloutBatch, batch_idx: int) -> list[ScoredResponse]:
+        """Responses and their rewards, in the batch's order."""
+        return [
+            ScoredResponse(prompt=rollout.prompt.text, response=rollout.text, reward=reward)
+            for rollout, reward in zip(batch.rollouts, batch.rewards_B.tolist(), strict=True)
+        ]
+
+    def _log_rewards(self, batch: RolloutBatch, mean_name: str, pass_name: str) -> None:
+        """Means over all rows of the evaluation, whatever its batches."""
+        self.log_dict(
+            {
+                "step": float(self.rl_step),
+                mean_name: batch.rewards_B.float().mean(),
+                pass_name: (batch.rewards_B >= PASS_REWARD).float().mean(),
+            },
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(batch),
+            sync_dist=True,
+        )
+
+    # ---- checkpoint ------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the counters beside the weights."""
+        checkpoint["rl_step"] = self.rl_step
+        checkpoint["policy_version"] = self.policy_version
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counters."""
+        self.rl_step = checkpoint["rl_step"]
+        self.policy_version = checkpoint["policy_version"]
+
+
+def _forward(
+    model: PreTrainedModel,
+    micro: TrainingRows,
+    sampling: SamplingParams,
+    *,
+    has_entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities and entropies of response tokens, [B, T], and hidden states, [B, T, D].
+
+    No attention mask: rows are padded on the right, where causal attention never looks.
+    """
+    hidden_BTD = model.base_model(input_ids=micro.tokens_BT, use_cache=False).last_hidden_state
+    logprobs_BT, entropy_BT = response_logprobs(
+        hidden_BTD,
+        micro.tokens_BT,
+        micro.response_mask_BT,
+        model.get_output_embeddings(),  # type: ignore[no-untyped-call]
+        sampling,
+        vocab_size=model.config.vocab_size,
+        has_entropy_gradient=has_entropy_gradient,
+    )
+    return logprobs_BT, entropy_BT, hidden_BTD
+
+
+def _check_trainable(batch: RolloutBatch, policy_version: int) -> None:
+    """Raise ValueError unless the batch is on-policy, sampled (not greedy), right-padded."""
+    versions = batch.policy_version_B.unique().tolist()  # type: ignore[no-untyped-call]
+    if versions != [policy_version]:
+        raise ValueError(
+            f"rollouts must come from the current policy (lag 0): it is version {policy_version}, "
+            f"they were sampled by {versions}; publish the policy to the engine before generating "
+            f"(engine.load_policy), and give the loader a length, or Lightning fetches a batch "
+            f"ahead"
+        )
+    if batch.sampling.temperature == 0:
+        raise ValueError(
+            "sampling.temperature must be > 0 to train, got 0: greedy rollouts have no gradient; "
+            "set data.sampling.temperature, 1 for instance"
+        )
+    mask_BT = batch.attention_mask_BT
+    is_right_padded = not (mask_BT[:, 1:] & ~mask_BT[:, :-1]).any()
+    if not is_right_padded or batch.response_mask_BT[:, 0].any():
+        raise ValueError(
+            "every row must be a prompt of at least one token, its response, then padding on the "
+            "right; got padding before a token, or a response without a prompt"
+        )

@@ -1,0 +1,96 @@
+"""Policy-gradient objectives by token, and the weights that turn them into one loss.
+
+Pure functions in float32. A loss is `(weights_BT * loss_BT).sum()`: the weights carry the
+denominator, which is of the optimizer's whole mini-batch, so that splitting it into micro-batches
+changes nothing. Shape legend: fastrl/types.py. Log-probabilities are of the sampled tokens, at the
+tokens' positions.
+
+Sources: PPO clipping (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with separate bounds (DAPO,
+arXiv 2503.14476, eq. 10); KL estimators (Schulman 2020, http://joschu.net/blog/kl-approx.html);
+constant denominator (Dr.GRPO, arXiv 2503.20783).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3"]
+Aggregation = Literal["token-mean", "sequence-mean", "constant"]
+
+
+def clipped_objective(
+    policy_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate, negated into a loss.
+
+    loss = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(policy - old).
+
+    Args:
+        policy_logprobs: [*], differentiable.
+        old_logprobs: [*], of the policy before the batch's first update.
+        advantages: [*].
+
+    Returns:
+        The loss, [*], and [*] bool: where the clipped branch won, so that the gradient is zero.
+    """
+    ratio = (policy_logprobs - old_logprobs).exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return -torch.minimum(unclipped, clipped), clipped.detach() < unclipped.detach()
+
+
+def kl_estimate(
+    policy_logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator
+) -> Tensor:
+    """Estimate of KL(policy || reference) from tokens the policy sampled, [*], differentiable.
+
+    With r = reference / policy probability of the sampled token:
+
+    - `k1` = -log r: unbiased, can be negative. Its own gradient has mean zero and would regularize
+      nothing, so its gradient here is k2's.
+    - `k2` = (log r)^2 / 2: biased as a value; its gradient, log(1 / r) * grad log policy, is in
+      expectation exactly the gradient of KL(policy || reference).
+    - `k3` = r - 1 - log r: unbiased and never negative (GRPO's choice); its gradient,
+      (1 - r) * grad log policy, is in expectation the gradient of KL(reference || policy), which
+      has the same minimum and agrees to first order around it.
+
+    The expectations are over tokens of the current policy: in later mini-batches and epochs of a
+    rollout batch they are approximate, as the tokens are not reweighted.
+    """
+    log_ratio = reference_logprobs - policy_logprobs
+    if estimator == "k3":
+        return log_ratio.exp() - 1 - log_ratio
+    half_square = log_ratio.square() / 2
+    if estimator == "k2":
+        return half_square
+    return -log_ratio.detach() + (half_square - half_square.detach())
+
+
+def token_weights(response_mask_BT: Tensor, aggregation: Aggregation, *, max_tokens: int) -> Tensor:
+    """Weight of each token in the loss of the mini-batch made of these B rows, [B, T] float32.
+
+    - `token-mean`: 1 / (response tokens of the mini-batch).
+    - `sequence-mean`: 1 / (B * response tokens of the row): mean over a row's tokens, then over
+      rows.
+    - `constant`: 1 / (B * max_tokens), whatever the lengths (Dr.GRPO).
+
+    Args:
+        response_mask_BT: [B, T] bool.
+        aggregation: one of the above.
+        max_tokens: longest response that sampling allows, the denominator of `constant`.
+    """
+    mask_BT = response_mask_BT.float()
+    if aggregation == "token-mean":
+        return mask_BT / mask_BT.sum().clamp(min=1)
+    num_rows = mask_BT.shape[0]
+    if aggregation == "sequence-mean":
+        return mask_BT / (num_rows * mask_BT.sum(1, keepdim=True).clamp(min=1))
+    return mask_BT / (num_rows * max_tokens)
