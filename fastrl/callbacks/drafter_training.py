@@ -1,0 +1,302 @@
+"""Co-trains the engine's EAGLE drafter with the policy, and publishes it to the engine.
+
+After each RL step the hidden states of the policy's own training forward go into a buffer; the
+drafter takes optimizer steps on rows drawn from it, in the engine's idle time (`on_idle`) and, for
+what is left of the step's budget, at the batch's end. Every few RL steps a copy of its weights goes
+to the engine, so training that was not published never changes serving. Embedding and LM head stay
+the policy's.
+
+Leaves out several ranks (each would train, and publish, a drafter of its own).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any, Protocol, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastrl.callbacks.feature_buffer import FeatureBuffer
+from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loss import EagleLoss, eagle_loss
+from fastrl.rollout.drafters.packing import pack_sequences
+from fastrl.rollout.engine import IdleWindow, RolloutEngine
+from fastrl.types import PolicySource, RolloutBatch
+
+_BETAS = (0.9, 0.95)
+_MAX_GRAD_NORM = 1.0
+_LOGGED_LOSSES = ("loss", "loss_hidden", "loss_ce", "top1_agreement", "top1_acceptance")
+
+
+class _RolloutSource(Protocol):
+    """What this callback asks of the datamodule."""
+
+    engine: RolloutEngine
+
+    def ensure_started(self) -> None:
+        """Start the engine if it is not running."""
+        ...
+
+
+class DrafterTraining(Callback):
+    """Trains the drafter along with the policy.
+
+    Args:
+        learning_rate: of AdamW, constant.
+        steps_per_batch: optimizer steps an RL step; those of idle time count, and may exceed it.
+        tokens_per_step: pairs of one optimizer step, packed without padding; bounds its memory.
+        buffer_tokens: tokens kept for training; each takes 4 bytes × hidden size of host memory.
+        publish_every_n_steps: RL steps between publications to the engine.
+        hidden_loss_weight: of SmoothL1 on hidden states, against 1 for cross-entropy.
+        seed: of the random draws from the buffer.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float = 1e-3,
+        steps_per_batch: int = 8,
+        tokens_per_step: int = 1024,
+        buffer_tokens: int = 65536,
+        publish_every_n_steps: int = 10,
+        hidden_loss_weight: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        checks = (
+            (learning_rate > 0, "learning_rate must be > 0", learning_rate),
+            (steps_per_batch >= 0, "steps_per_batch must be >= 0", steps_per_batch),
+            (tokens_per_step >= 1, "tokens_per_step must be >= 1", tokens_per_step),
+            (buffer_tokens >= 1, "buffer_tokens must be >= 1", buffer_tokens),
+            (
+                publish_every_n_steps >= 1,
+                "publish_every_n_steps must be >= 1",
+                publish_every_n_steps,
+            ),
+            (hidden_loss_weight >= 0, "hidden_loss_weight must be >= 0", hidden_loss_weight),
+        )
+        for is_valid, expectation, given in checks:
+            if not is_valid:
+                raise ValueError(f"DrafterTraining: {expectation}, got {given}")
+        self.learning_rate = learning_rate
+        self.steps_per_batch = steps_per_batch
+        self.tokens_per_step = tokens_per_step
+        self.publish_every_n_steps = publish_every_n_steps
+        self.hidden_loss_weight = hidden_loss_weight
+        self.buffer = FeatureBuffer(buffer_tokens)
+        self.version = 0
+        """Publications so far; 0 is the checkpoint that the engine loads by itself."""
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drafter: EagleDrafter | None = None
+        self._optimizer: torch.optim.AdamW | None = None
+        self._published: dict[str, Tensor] | None = None
+        self._losses: list[list[float]] = []
+        self._seconds = 0.0
+        self._restored: dict[str, Any] | None = None
+
+    # Hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a run that has no drafter, or several ranks."""
+        if stage != "fit":
+            return
+        if _engine(trainer).drafter_path is None:
+            raise ValueError(
+                "DrafterTraining: the engine's drafter_path is null, so there is no drafter to "
+                "train; set drafter_path of the datamodule's engine to a drafter checkpoint "
+                "folder, or remove the DrafterTraining callback"
+            )
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"DrafterTraining trains one drafter in one process, got {trainer.world_size} "
+                f"processes; set trainer.devices and trainer.num_nodes to 1, or remove the callback"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the drafter under training: a float32 copy of its own, beside the engine's."""
+        policy = cast(PolicySource, pl_module).policy
+        _shared_weights(policy)
+        drafter = EagleDrafter.from_pretrained(
+            cast(str, _engine(trainer).drafter_path), target=policy.config
+        )
+        self._drafter = drafter.to(pl_module.device, torch.float32)
+        self._optimizer = torch.optim.AdamW(
+            self._drafter.parameters(), lr=self.learning_rate, betas=_BETAS, weight_decay=0.0
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Between checkpoint restore and the first rollout: give the engine its drafter back."""
+        source = cast(PolicySource, pl_module)
+        self._restore()
+        if self._published is not None:
+            _rollout_source(trainer).ensure_started()
+            _engine(trainer).load_drafter(self._published.items(), self.version)
+        source.collect_features = True
+        _engine(trainer).on_idle = functools.partial(self._train_while_idle, source)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: RolloutBatch,
+        batch_idx: int,
+    ) -> None:
+        """Collect the step's features, train for what is left of its budget, publish when due."""
+        source = cast(PolicySource, pl_module)
+        start = time.perf_counter()
+        num_refused = self.buffer.add(source.take_features())
+        while len(self.buffer) and len(self._losses) < self.steps_per_batch:
+            self._step(source.policy)
+        if source.rl_step % self.publish_every_n_steps == 0:
+            self._publish(_engine(trainer))
+        self._seconds += time.perf_counter() - start
+        metrics = self._step_metrics() | {"drafter/refused_sequences": float(num_refused)}
+        pl_module.log_dict(
+            metrics | {"step": float(source.rl_step)},
+            on_step=True,
+            on_epoch=False,
+            batch_size=len(batch),
+        )
+        self._losses, self._seconds = [], 0.0
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave neither hook nor feature collection behind."""
+        if stage == "fit" and self._drafter is not None:
+            _engine(trainer).on_idle = None
+            cast(PolicySource, pl_module).collect_features = False
+
+    # Training and publication
+
+    def _step(self, policy: PreTrainedModel) -> None:
+        """One optimizer step on one packed row: what idle training can be interrupted between."""
+        drafter, optimizer = self._learner()
+        parameter = next(drafter.parameters())
+        sequences = self.buffer.sample(self._generator, self.tokens_per_step)
+        packed = pack_sequences(sequences, self.tokens_per_step)
+        embedding_VD, lm_head_VD = _shared_weights(policy)
+        result = eagle_loss(
+            drafter,
+            embedding_VD,
+            lm_head_VD,
+            packed.to(parameter.device, parameter.dtype),
+            hidden_loss_weight=self.hidden_loss_weight,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(drafter.parameters(), _MAX_GRAD_NORM, error_if_nonfinite=True)
+        optimizer.step()
+        self._losses.append(_loss_values(result))
+
+    def _train_while_idle(self, source: PolicySource, window: IdleWindow) -> None:
+        """Train until the window closes; generation may run without gradients, so ask for them."""
+        start = time.perf_counter()
+        with torch.inference_mode(False), torch.enable_grad():
+            while len(self.buffer) and not window.should_stop():
+                self._step(source.policy)
+        self._seconds += time.perf_counter() - start
+
+    def _publish(self, engine: RolloutEngine) -> None:
+        """Give the engine a copy that later training does not change."""
+        drafter, _ = self._learner()
+        self._published = {name: w.detach().clone() for name, w in drafter.named_weights()}
+        self.version += 1
+        engine.load_drafter(self._published.items(), self.version)
+
+    def _step_metrics(self) -> dict[str, float]:
+        """Means over the RL step's optimizer steps, those done in idle time included."""
+        num_steps = len(self._losses)
+        means = [sum(column) / num_steps for column in zip(*self._losses, strict=True)]
+        losses = dict(zip(_LOGGED_LOSSES, means, strict=False))
+        return {f"drafter/{name}": value for name, value in losses.items()} | {
+            "drafter/buffer_tokens": float(self.buffer.num_tokens),
+            "drafter/num_steps": float(num_steps),
+            "drafter/version": float(self.version),
+            "time/drafter": self._seconds,
+        }
+
+    def _learner(self) -> tuple[EagleDrafter, torch.optim.AdamW]:
+        assert self._drafter is not None, "on_fit_start has not run: no drafter is loaded"
+        assert self._optimizer is not None, "the optimizer is made along with the drafter"
+        return self._drafter, self._optimizer
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Drafter, optimizer, buffer, random state, what the engine serves, the step under way."""
+        if self._restored is not None:
+            return self._restored
+        if self._drafter is None:
+            return {}
+        drafter, optimizer = self._learner()
+        return {
+            "drafter": {name: weight.detach() for name, weight in drafter.named_weights()},
+            "optimizer": optimizer.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "generator": self._generator.get_state(),
+            "published": self._published,
+            "version": self.version,
+            "losses": self._losses,
+            "seconds": self._seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts: some strategies restore before the drafter exists."""
+        self._restored = state_dict or None
+
+    def _restore(self) -> None:
+        if (state := self._restored) is None:
+            return
+        drafter, optimizer = self._learner()
+        drafter.load_weights(state["drafter"].items(), source="the resumed checkpoint")
+        optimizer.load_state_dict(state["optimizer"])
+        self.buffer.load_state_dict(state["buffer"])
+        self._generator.set_state(state["generator"].cpu())
+        self._published, self.version = state["published"], state["version"]
+        self._losses, self._seconds = list(state["losses"]), state["seconds"]
+        self._restored = None
+
+
+def _rollout_source(trainer: Trainer) -> _RolloutSource:
+    if trainer.datamodule is None:  # type: ignore[attr-defined]
+        raise ValueError(
+            "DrafterTraining needs a datamodule with a rollout engine, got none; pass a "
+            "RolloutDataModule to Trainer.fit(datamodule=...)"
+        )
+    return cast(_RolloutSource, trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def _engine(trainer: Trainer) -> RolloutEngine:
+    return _rollout_source(trainer).engine
+
+
+def _shared_weights(policy: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """The policy's embedding and LM head, [V, D] each: the drafter reads, never trains them."""
+    embedding, lm_head = policy.get_input_embeddings(), policy.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(embedding, nn.Embedding) or not isinstance(lm_head, nn.Linear):
+        raise ValueError(
+            f"an EAGLE drafter shares an nn.Embedding and an nn.Linear LM head with the policy, "
+            f"got {type(embedding).__name__} and {type(lm_head).__name__}; use another model, or "
+            f"remove the DrafterTraining callback"
+        )
+    if lm_head.bias is not None:
+        raise ValueError(
+            "the policy's LM head has a bias, which an EAGLE drafter does not share; use another "
+            "model, or remove the DrafterTraining callback"
+        )
+    return embedding.weight, lm_head.weight
+
+
+def _loss_values(result: EagleLoss) -> list[float]:
+    """In the order of `_LOGGED_LOSSES`, moved off the device at once."""
+    return torch.stack(
+        (
+            result.loss.detach(),
+            result.hidden,
+            result.cross_entropy,
+            result.top1_agreement,
+            result.top1_acceptance,
+        )
+    ).tolist()

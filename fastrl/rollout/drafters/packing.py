@@ -1,0 +1,121 @@
+"""Packs sequences of target features into one padding-free row for the drafter's training.
+
+Pair t of a sequence of n tokens: input (embedding of token t+1, hidden state t), targets hidden
+state t+1 and, through the LM head, the distribution of token t+2. The pairs are t = 0 … n-3: the
+last predicts the distribution of the last token. Pair n-2 would predict what follows the end, which
+serving never asks for; so the hidden state of the last token, which decoding does not compute, is
+not needed either.
+
+Loss mask: pairs whose predicted distribution is of a response token, the end-of-sequence token
+included: num_prompt_tokens <= t+2 <= n-1. Earlier pairs are context. A segment is a sequence's
+pairs; positions count from the sequence's start, as in serving, and no pair sees another segment.
+
+Leaves out bin packing into several rows, and attention kernels that skip masked blocks. Shape
+legend: fastrl/types.py; B is 1, T counts pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl.types import SequenceFeatures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedFeatures:
+    """Pairs of several sequences, one after the other in one row."""
+
+    next_tokens_BT: Tensor  # int64: token t+1
+    hidden_BTD: Tensor  # hidden state t
+    target_hidden_BTD: Tensor  # hidden state t+1
+    position_ids_BT: Tensor  # int64: t
+    segment_BT: Tensor  # int64: 0, 1, …, one number a sequence
+    loss_mask_BT: Tensor  # bool: predicts the distribution of a response token
+
+    def __len__(self) -> int:
+        return self.next_tokens_BT.shape[1]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> PackedFeatures:
+        """The same row on `device`, its hidden states as `dtype`."""
+        tensors: dict[str, Tensor] = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+        }
+        return PackedFeatures(
+            **{
+                name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+                for name, tensor in tensors.items()
+            }
+        )
+
+    def attention_mask(self) -> Tensor:
+        """[1, 1, T, T] bool, True where a query may see a key: same segment, not later."""
+        same_segment = self.segment_BT[:, :, None] == self.segment_BT[:, None, :]
+        return same_segment.tril().unsqueeze(1)
+
+
+def num_pairs(features: SequenceFeatures) -> int:
+    """Pairs a sequence gives, context included; 0 for one of fewer than 3 tokens."""
+    return max(len(features) - 2, 0)
+
+
+def num_loss_pairs(features: SequenceFeatures) -> int:
+    """Pairs that the loss counts: one a response token (from the sequence's third token on)."""
+    return max(len(features) - max(features.num_prompt_tokens, 2), 0)
+
+
+def pack_sequences(sequences: Sequence[SequenceFeatures], max_pairs: int) -> PackedFeatures:
+    """One row of at most `max_pairs` pairs.
+
+    Sequences are taken in order while they fit whole. A first one that is longer than the row is
+    cut to its latest pairs, positions kept: speculation pays most far into long responses.
+
+    Raises:
+        ValueError: no pair to pack, `max_pairs` below 1, or hidden states missing.
+    """
+    if max_pairs < 1:
+        raise ValueError(f"max_pairs must be >= 1, got {max_pairs}")
+    segments: list[PackedFeatures] = []
+    room = max_pairs
+    for features in sequences:
+        if num_pairs(features) == 0:
+            continue
+        first_pair = 0 if segments else max(num_pairs(features) - max_pairs, 0)
+        if num_pairs(features) - first_pair > room:
+            break
+        segments.append(_segment(features, first_pair, number=len(segments)))
+        room -= len(segments[-1])
+    if not segments:
+        raise ValueError(
+            f"nothing to pack: expected a sequence of at least 3 tokens, which one pair needs, got "
+            f"{[len(features) for features in sequences]}"
+        )
+    names = [f.name for f in dataclasses.fields(PackedFeatures)]
+    return PackedFeatures(
+        **{name: torch.cat([getattr(s, name) for s in segments], dim=1) for name in names}
+    )
+
+
+def _segment(features: SequenceFeatures, first_pair: int, number: int) -> PackedFeatures:
+    """Pairs `first_pair` … n-3 of one sequence, as a row of their own."""
+    num_tokens = len(features)
+    if features.hidden_TD.shape[0] < num_tokens - 1:
+        raise ValueError(
+            f"a sequence of {num_tokens} tokens has {features.hidden_TD.shape[0]} hidden states, "
+            f"expected one a token (the last token's may be missing)"
+        )
+    pairs = slice(first_pair, num_tokens - 2)
+    shifted = slice(first_pair + 1, num_tokens - 1)
+    position_ids = torch.arange(num_tokens - 2, device=features.tokens_T.device)[pairs]
+    return PackedFeatures(
+        next_tokens_BT=features.tokens_T[shifted].unsqueeze(0),
+        hidden_BTD=features.hidden_TD[pairs].unsqueeze(0),
+        target_hidden_BTD=features.hidden_TD[shifted].unsqueeze(0),
+        position_ids_BT=position_ids.unsqueeze(0),
+        segment_BT=torch.full_like(position_ids, number).unsqueeze(0),
+        loss_mask_BT=(position_ids + 2 >= features.num_prompt_tokens).unsqueeze(0),
+    )

@@ -1,0 +1,201 @@
+"""The drafter's loss against a naive reference that takes one pair of one sequence at a time."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loss import EagleLoss, eagle_loss
+from fastrl.rollout.drafters.packing import pack_sequences
+from fastrl.types import SequenceFeatures
+
+VOCAB_SIZE, HIDDEN_SIZE = 11, 8
+
+
+@pytest.fixture
+def drafter() -> EagleDrafter:
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,
+    )
+    return EagleDrafter.for_target(config, seed=0)
+
+
+@pytest.fixture
+def shared_weights() -> tuple[Tensor, Tensor]:
+    """Embedding and LM head that would take a gradient if they were given one."""
+    generator = torch.Generator().manual_seed(1)
+    embedding_VD = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
+    lm_head_VD = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
+    return embedding_VD.requires_grad_(), lm_head_VD.requires_grad_()
+
+
+@pytest.fixture
+def sequences() -> list[SequenceFeatures]:
+    generator = torch.Generator().manual_seed(2)
+    return [
+        SequenceFeatures(
+            tokens_T=torch.randint(VOCAB_SIZE, (num_tokens,), generator=generator),
+            hidden_TD=torch.randn(num_tokens, HIDDEN_SIZE, generator=generator),
+            num_prompt_tokens=num_prompt_tokens,
+            rl_step=0,
+        )
+        for num_tokens, num_prompt_tokens in [(7, 3), (3, 1), (10, 6), (5, 2)]
+    ]
+
+
+def naive_losses(
+    drafter: EagleDrafter,
+    embedding_VD: Tensor,
+    lm_head_VD: Tensor,
+    sequences: list[SequenceFeatures],
+) -> dict[str, Tensor]:
+    """Each response token's prediction from its own prefix, unpacked and without a mask.
+
+    Token `place` is predicted by the last output over tokens 1 … place-1, hidden 0 … place-2.
+    """
+    smooth_l1s, cross_entropies, agreements, acceptances = [], [], [], []
+    for features in sequences:
+        tokens, hidden = features.tokens_T, features.hidden_TD
+        for place in range(max(features.num_prompt_tokens, 2), len(tokens)):
+            predicted = drafter(
+                embedding_VD[tokens[1:place]][None],
+                hidden[: place - 1][None],
+                torch.arange(place - 1)[None],
+            )[0, -1]
+            for difference in predicted - hidden[place - 1]:
+                is_small = abs(difference) < 1
+                smooth_l1s.append(difference**2 / 2 if is_small else abs(difference) - 0.5)
+            target_logits = [float(row @ hidden[place - 1]) for row in lm_head_VD.detach()]
+            normalizer = sum(math.exp(logit) for logit in target_logits)
+            target_probs = [math.exp(logit) / normalizer for logit in target_logits]
+            draft_logits = [row @ predicted for row in lm_head_VD.detach()]
+            log_normalizer = sum(logit.exp() for logit in draft_logits).log()
+            cross_entropies.append(
+                -sum(
+                    p * (logit - log_normalizer)
+                    for p, logit in zip(target_probs, draft_logits, strict=True)
+                )
+            )
+            draft_best = max(range(VOCAB_SIZE), key=lambda token: draft_logits[token].item())
+            agreements.append(float(target_probs[draft_best] == max(target_probs)))
+            acceptances.append(target_probs[draft_best])
+    return {
+        "hidden": torch.stack(smooth_l1s).mean(),
+        "cross_entropy": torch.stack(cross_entropies).mean(),
+        "top1_agreement": torch.tensor(agreements).mean(),
+        "top1_acceptance": torch.tensor(acceptances).mean(),
+    }
+
+
+def gradients(drafter: EagleDrafter, loss: Tensor) -> dict[str, Tensor]:
+    drafter.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in drafter.named_parameters()}
+
+
+def packed_loss(
+    drafter: EagleDrafter,
+    shared_weights: tuple[Tensor, Tensor],
+    sequences: list[SequenceFeatures],
+    **options: int,
+) -> EagleLoss:
+    packed = pack_sequences(sequences, max_pairs=1000)
+    return eagle_loss(drafter, *shared_weights, packed, hidden_loss_weight=0.3, **options)
+
+
+@pytest.mark.parametrize("max_chunk_logits", [2**24, 3 * VOCAB_SIZE, 1])
+def test_packed_loss_and_gradients_equal_the_one_pair_at_a_time_reference(
+    drafter: EagleDrafter,
+    shared_weights: tuple[Tensor, Tensor],
+    sequences: list[SequenceFeatures],
+    max_chunk_logits: int,
+) -> None:
+    naive = naive_losses(drafter, *shared_weights, sequences)
+    naive_gradients = gradients(drafter, naive["cross_entropy"] + 0.3 * naive["hidden"])
+    result = packed_loss(drafter, shared_weights, sequences, max_chunk_logits=max_chunk_logits)
+    for name, expected in naive.items():
+        torch.testing.assert_close(getattr(result, name), expected.detach(), msg=name)
+    expected_loss = (naive["cross_entropy"] + 0.3 * naive["hidden"]).detach()
+    torch.testing.assert_close(result.loss.detach(), expected_loss)
+    for name, gradient in gradients(drafter, result.loss).items():
+        torch.testing.assert_close(gradient, naive_gradients[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_drafter_that_reproduces_the_target_reaches_its_entropy(
+    shared_weights: tuple[Tensor, Tensor], sequences: list[SequenceFeatures]
+) -> None:
+    """Feed it the targets as predictions: SmoothL1 is 0, agreement 1, cross-entropy the entropy."""
+    packed = pack_sequences(sequences, max_pairs=1000)
+
+    class PerfectDrafter(EagleDrafter):
+        def forward(self, *args: object, **kwargs: object) -> Tensor:
+            return packed.target_hidden_BTD
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    result = eagle_loss(PerfectDrafter(config), *shared_weights, packed, hidden_loss_weight=1.0)
+    targets_MD = packed.target_hidden_BTD[packed.loss_mask_BT]
+    probs = (targets_MD @ shared_weights[1].detach().T).softmax(-1)
+    assert result.hidden.item() == 0
+    assert result.top1_agreement.item() == 1
+    entropy = torch.distributions.Categorical(probs).entropy().mean()
+    torch.testing.assert_close(result.cross_entropy, entropy)
+    torch.testing.assert_close(result.top1_acceptance, probs.amax(-1).mean())
+
+
+def test_embedding_and_lm_head_get_no_gradient(
+    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor], sequences: list[SequenceFeatures]
+) -> None:
+    for max_chunk_logits in (2**24, VOCAB_SIZE):
+        packed_loss(
+            drafter, shared_weights, sequences, max_chunk_logits=max_chunk_logits
+        ).loss.backward()
+    assert all(weight.grad is None for weight in shared_weights)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in drafter.parameters())
+
+
+def test_backward_keeps_no_logits_of_more_than_a_chunk(
+    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor], sequences: list[SequenceFeatures]
+) -> None:
+    """What autograd saves over the vocabulary: all tokens in one chunk, nothing with several."""
+
+    def saved_over_vocabulary(max_chunk_logits: int) -> int:
+        sizes = []
+
+        def record(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 2 and tensor.shape[1] == VOCAB_SIZE:
+                sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            packed_loss(drafter, shared_weights, sequences, max_chunk_logits=max_chunk_logits)
+        return sum(sizes)
+
+    assert saved_over_vocabulary(2**24) > 0
+    assert saved_over_vocabulary(2 * VOCAB_SIZE) == 0
+
+
+def test_an_empty_loss_mask_is_refused(
+    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor]
+) -> None:
+    prompt_only = SequenceFeatures(
+        tokens_T=torch.arange(5),
+        hidden_TD=torch.zeros(5, HIDDEN_SIZE),
+        num_prompt_tokens=5,
+        rl_step=0,
+    )
+    with pytest.raises(ValueError, match="no response token"):
+        packed_loss(drafter, shared_weights, [prompt_only])
