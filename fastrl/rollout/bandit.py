@@ -1,0 +1,240 @@
+"""Choosing the speculation strategy of each decode step: bandits over `off` and draft trees.
+
+The seed algorithms are those of TLT (arXiv 2511.16665, the BEG-MAB tuner) and its released code
+(mit-han-lab/fastrl, third-party/sglang/python/sglang/srt/speculative/eagle_mab.py):
+- `beg` BucketedEpsilonGreedy: arms grouped by verify_tokens, each group for batches up to a limit;
+- `eg` EpsilonGreedy: every arm at every batch size that 2048 tree nodes a step allow;
+- `ucb1` UCB1: rate plus a confidence bonus;
+- `predefined` Predefined: batch-size thresholds -> strategy, nothing learned.
+Taken from there: epsilon-greedy choice within a batch-size bucket, untried arms first, the reward
+(emitted tokens per second of the step) over a sliding window with a median, an accept length
+steadied across batch sizes, the limit of 2048 nodes.
+
+What differs, and why:
+- `off` is an arm in every bucket, so speculation ends wherever it does not pay. The bucket is that
+  of the live batch at each step, so the choice follows a rollout's shrinking batch.
+- A group of trees serves its own bucket and all smaller batches: several arms a bucket.
+- An arm's rate is mean accept length / median step seconds, per row. The median keeps hiccups out
+  of the time; of accept lengths, which are skewed, it would misjudge small batches (mostly 1,
+  sometimes 8 has median 1). Per row, because the number of rows varies within a bucket: a whole
+  step's tokens per second would favour the arm tried at the larger batch. At equal batch size both
+  orders are the same.
+- The mean accept length of a bucket is drawn towards the arm's mean over all buckets with the
+  weight of a few rows: few steps then suffice to judge an arm in a new bucket.
+- `discount` forgets acceptance, which a new policy or drafter makes stale, not step times.
+- UCB1 takes rates in units of the best arm's (next to raw tokens per second its bonus would vanish)
+  and discounts its counts (Kocsis and Szepesvari, 2006), so that it notices a new best arm.
+- Random choices come from a seeded generator of the bandit's own, kept in its state.
+
+Leaves out models of step cost and of acceptance by depth, and agreement between tensor-parallel
+ranks, whose step times differ: there, one rank decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastrl.rollout.bandit_base import DEFAULT_BATCH_THRESHOLDS, Bandit, BanditReport, BestArm
+from fastrl.types import DraftStrategy, StepStats
+
+__all__ = [
+    "UCB1",
+    "Bandit",
+    "BanditReport",
+    "BestArm",
+    "BucketedEpsilonGreedy",
+    "EpsilonGreedy",
+    "FixedStrategy",
+    "Predefined",
+]
+
+
+_LEAST_COUNT = 1e-9
+"""A discounted count may vanish while the batch is too large for its arm."""
+
+
+class FixedStrategy:
+    """Always the same strategy.
+
+    Args:
+        strategy: Draft tree as depth_topk_verifytokens, quoted in YAML ('8_4_48'), or 'off'.
+    """
+
+    def __init__(self, strategy: str = "off") -> None:
+        self.strategy = DraftStrategy.parse(strategy)
+
+    def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
+        """The strategy, whatever the batch."""
+        return self.strategy
+
+    def record(self, stats: StepStats) -> None:
+        """Learns nothing."""
+
+
+class EpsilonGreedy(Bandit):
+    """`eg`: the best arm of the bucket, and with probability epsilon any of its arms.
+
+    Args:
+        strategies: Draft trees to choose among besides 'off', which is always an arm: a list of
+            depth_topk_verifytokens, quoted in YAML ('8_4_48').
+        batch_thresholds: Smallest live batch of each bucket, ascending from 1; every bucket learns
+            its own best arm.
+        epsilon: Share of decisions made at random, to notice that another arm has become the best.
+        window_size: Newest steps, of each arm in each bucket, that count.
+        min_tries: Steps each arm gets in a bucket before the best one is preferred.
+        seed: Seed of the random choices.
+    """
+
+    def __init__(
+        self,
+        strategies: list[str],
+        batch_thresholds: Sequence[int] = DEFAULT_BATCH_THRESHOLDS,
+        epsilon: float = 0.05,
+        window_size: int = 100,
+        min_tries: int = 3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(strategies, batch_thresholds, window_size, min_tries, seed)
+        if not 0 <= epsilon <= 1:
+            raise ValueError(
+                f"bandit: epsilon is a share of decisions, in [0, 1], got {epsilon}; 0.05 is usual"
+            )
+        self.epsilon = epsilon
+
+    def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
+        if self._rng.random() < self.epsilon:
+            return self._rng.choice(candidates), True
+        return self._best(bucket, candidates), False
+
+
+class BucketedEpsilonGreedy(EpsilonGreedy):
+    """`beg`: epsilon-greedy among the arms whose tree size suits the live batch.
+
+    Args:
+        strategies: Draft trees to choose among besides 'off', which is always an arm: a list of
+            depth_topk_verifytokens, quoted in YAML ('8_4_48').
+        batch_thresholds: Smallest live batch of each bucket, ascending from 1; every bucket learns
+            its own best arm.
+        max_batch_sizes: Largest live batch at which trees of so many verify_tokens are tried, as a
+            map verify_tokens -> batch size (TLT's defaults: {48: 1, 32: 4, 16: 20}); trees it does
+            not name are tried while batch size * verify_tokens <= 2048.
+        epsilon: Share of decisions made at random, to notice that another arm has become the best.
+        window_size: Newest steps, of each arm in each bucket, that count.
+        min_tries: Steps each arm gets in a bucket before the best one is preferred.
+        seed: Seed of the random choices.
+    """
+
+    def __init__(
+        self,
+        strategies: list[str],
+        batch_thresholds: Sequence[int] = DEFAULT_BATCH_THRESHOLDS,
+        max_batch_sizes: dict[int, int] | None = None,
+        epsilon: float = 0.05,
+        window_size: int = 100,
+        min_tries: int = 3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(strategies, batch_thresholds, epsilon, window_size, min_tries, seed)
+        for verify_tokens, max_batch in (max_batch_sizes or {}).items():
+            self._limit_group(verify_tokens, max_batch)
+
+    def _limit_group(self, verify_tokens: int, max_batch: int) -> None:
+        group = [i for i, arm in enumerate(self.arms) if arm.verify_tokens == verify_tokens]
+        if not group or group[0] == 0 or max_batch < 1:
+            raise ValueError(
+                "bandit: max_batch_sizes maps verify_tokens of a strategy to a batch size >= 1, "
+                f"got {verify_tokens}: {max_batch} with strategies {list(map(str, self.arms[1:]))}"
+            )
+        for arm in group:
+            self._max_batch[arm] = max_batch
+
+
+class UCB1(Bandit):
+    """`ucb1`: the highest rate plus confidence bonus, with discounted counts.
+
+    Rates count in units of the best arm's; the bonus is exploration * sqrt(2 ln N / n), n the arm's
+    discounted count in the bucket, N the sum of all arms'.
+
+    Args:
+        strategies: Draft trees to choose among besides 'off', which is always an arm: a list of
+            depth_topk_verifytokens, quoted in YAML ('8_4_48').
+        batch_thresholds: Smallest live batch of each bucket, ascending from 1; every bucket learns
+            its own best arm.
+        exploration: Weight of the confidence bonus, in units of the best arm's rate.
+        horizon: Steps of a bucket after which a try counts for 1/e of itself; a shorter one notices
+            changes sooner and explores more.
+        window_size: Newest steps, of each arm in each bucket, that count.
+        min_tries: Steps each arm gets in a bucket before the bound decides.
+    """
+
+    def __init__(
+        self,
+        strategies: list[str],
+        batch_thresholds: Sequence[int] = DEFAULT_BATCH_THRESHOLDS,
+        exploration: float = 0.1,
+        horizon: int = 500,
+        window_size: int = 100,
+        min_tries: int = 3,
+    ) -> None:
+        super().__init__(strategies, batch_thresholds, window_size, min_tries, seed=0)
+        if exploration < 0 or horizon < 1:
+            raise ValueError(
+                "bandit: need exploration >= 0 and horizon >= 1, got "
+                f"exploration {exploration}, horizon {horizon}"
+            )
+        self.exploration = exploration
+        self.horizon = horizon
+        self._counts = [[0.0] * len(self.arms) for _ in self.batch_thresholds]
+
+    def _observe(self, bucket: int, arm: int, tokens: int, rows: int, seconds: float) -> None:
+        super()._observe(bucket, arm, tokens, rows, seconds)
+        fading = math.exp(-1 / self.horizon)
+        self._counts[bucket] = [count * fading for count in self._counts[bucket]]
+        self._counts[bucket][arm] += 1
+
+    def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
+        rates = {arm: self._rate(bucket, arm) for arm in candidates}
+        best = max(candidates, key=rates.__getitem__)
+        counts = self._counts[bucket]
+        scale = 2 * math.log(max(sum(counts), 1.0))
+
+        def bound(arm: int) -> float:
+            count = max(counts[arm], _LEAST_COUNT)
+            return rates[arm] / rates[best] + self.exploration * math.sqrt(scale / count)
+
+        chosen = max(candidates, key=bound)
+        return chosen, chosen != best
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that further decisions depend on."""
+        return super().state_dict() | {"counts": [list(counts) for counts in self._counts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._counts = [list(counts) for counts in state["counts"]]
+
+
+class Predefined(Bandit):
+    """`predefined`: the strategy a schedule names for the live batch; steps only serve reports.
+
+    Args:
+        schedule: Smallest live batch -> strategy, from batch 1 on, such as {1: '8_4_48', 5:
+            '8_4_16', 33: 'off'}; each holds up to the next one's batch. Quote strategies in YAML.
+        window_size: Newest steps, of each arm in each bucket, that reports look at.
+    """
+
+    def __init__(self, schedule: dict[int, str], window_size: int = 100) -> None:
+        thresholds = sorted(schedule)
+        named = [DraftStrategy.parse(schedule[threshold]) for threshold in thresholds]
+        speculative = dict.fromkeys(str(strategy) for strategy in named if not strategy.is_off)
+        super().__init__(list(speculative), thresholds, window_size, min_tries=0, seed=0)
+        self._arm_of_bucket = [self._arm_index[strategy] for strategy in named]
+
+    def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
+        return self._arm_of_bucket[bucket], False
+
+    def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
+        return self._arm_of_bucket[bucket], False
