@@ -1,6 +1,7 @@
 """Records that cross folders: what goes into an engine, what comes out, what a policy trains on.
 
-Leaves out behaviour: a record validates itself at construction and knows its own shapes, nothing else.
+Leaves out behaviour: a record validates itself at construction and knows its own shapes, nothing
+else.
 
 Shape legend, used all over the project as suffixes of tensor names:
     B  rows (rollouts, or live requests of an engine)     T  token positions of a padded row
@@ -41,7 +42,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Strings that end a response; the token that completes one is kept."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a response besides the model's end-of-sequence tokens; kept in the response."""
+    """Tokens that end a response besides the model's end-of-sequence tokens; kept."""
     ignore_eos: bool = False
     """Go on after end-of-sequence tokens (and stop tokens), up to max_tokens; for benchmarks."""
 
@@ -65,9 +66,10 @@ _STRATEGY_SYNTAX = re.compile(r"(\d+)_(\d+)_(\d+)")
 class DraftStrategy:
     """Shape of a draft tree, written `depth_topk_verifytokens` (`8_4_48`), or `off`.
 
-    `depth` draft steps, each expanding the `topk` best nodes into their `topk` best children; of all
-    nodes drafted, the `verify_tokens - 1` most likely and the root are verified in one target forward
-    (EAGLE-2, arXiv 2406.16858; the counterparts of SGLang's num-steps, eagle-topk, num-draft-tokens).
+    `depth` draft steps, each expanding the `topk` best nodes into their `topk` best children; of
+    all nodes drafted, the `verify_tokens - 1` most likely and the root are verified in one target
+    forward (EAGLE-2, arXiv 2406.16858; the counterparts of SGLang's num-steps, eagle-topk,
+    num-draft-tokens).
     """
 
     depth: int
@@ -86,18 +88,18 @@ class DraftStrategy:
             raise ValueError(f"strategy depth and topk must be >= 1, got {self._numbers()}")
         if self.verify_tokens <= self.depth:
             raise ValueError(
-                f"strategy verify_tokens must be > depth, so that a full-depth chain and its root fit: "
-                f"got {self._numbers()}; use at least {self.depth}_{self.topk}_{self.depth + 1}"
+                f"strategy verify_tokens must be > depth, so that a full-depth chain and its root "
+                f"fit: got {self._numbers()}; use at least {self.depth}_{self.topk}_{self.depth + 1}"
             )
         if self.verify_tokens > self.max_nodes:
             raise ValueError(
-                f"strategy {self._numbers()}: a tree of depth {self.depth} and topk {self.topk} has "
-                f"at most {self.max_nodes} nodes, root included; lower verify_tokens to that"
+                f"strategy {self._numbers()}: a tree of depth {self.depth} and topk {self.topk} "
+                f"has at most {self.max_nodes} nodes, root included; lower verify_tokens to that"
             )
 
     @property
     def max_nodes(self) -> int:
-        """Most nodes such a tree can have: root, topk at depth 1, topk * topk at each further depth."""
+        """Most nodes of such a tree: root, topk at depth 1, topk * topk at each further depth."""
         return 1 + self.topk + max(self.depth - 1, 0) * self.topk * self.topk
 
     @property
@@ -112,7 +114,8 @@ class DraftStrategy:
             return OFF
         if not (match := _STRATEGY_SYNTAX.fullmatch(text)):
             raise ValueError(
-                f"malformed strategy {text!r}: write depth_topk_verifytokens, as in '8_4_48', or 'off'"
+                f"malformed strategy {text!r}: write depth_topk_verifytokens, as in '8_4_48', "
+                f"or 'off'"
             )
         depth, topk, verify_tokens = map(int, match.groups())
         if depth == 0:
@@ -175,8 +178,8 @@ class Rollout:
     num_verify_steps: int = 0
     """Decode steps with a draft tree among them."""
     hidden_states: Tensor | None = None
-    """Target hidden states (after the final norm), [prompt + response - 1, D], where asked for: row t is
-    of token t. The last token's is never computed by decoding."""
+    """Target hidden states (after the final norm), [prompt + response - 1, D], where asked for:
+    row t is of token t. Decoding never computes the last token's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +194,8 @@ class StepStats:
     accept_lengths: tuple[int, ...]
     """Tokens emitted, by row; their sum is the step's output."""
     seconds: float
-    """From the previous step's end to this one's, draft and bookkeeping included; never synchronized."""
+    """Wall time of drafting, verification and bookkeeping; prefills left out. Ends when the step's
+    tokens are on the host: nothing is synchronized for it."""
 
     @property
     def num_tokens(self) -> int:
@@ -220,7 +224,7 @@ class EngineStats:
     accepted_tokens: int = 0
     """Tokens emitted by those rows, the bonus token of each included."""
     offered_by_depth: tuple[int, ...] = ()
-    """Rows whose tree reached depth d + 1 while all shallower depths were accepted."""
+    """Rows drafted to depth d + 1 or deeper whose draft tokens were accepted up to depth d."""
     accepted_by_depth: tuple[int, ...] = ()
     """Rows among them that accepted a draft token at depth d + 1."""
 
@@ -247,7 +251,7 @@ class RewardResult:
 
     score: float
     failure: str | None = None
-    """Why the reward function gave no score (`timeout`, `raised ValueError: …`, `nan`, …), else None."""
+    """Why the reward function gave no score (`timeout`, `raised ValueError: …`, …), else None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,7 +278,7 @@ class RolloutBatch:
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The same batch with its tensors on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -316,5 +320,5 @@ class PolicySource(Protocol):
         ...
 
     def take_features(self) -> list[SequenceFeatures]:
-        """Features of the last training batch's sequences, detached and unpadded; empties the store."""
+        """Features of the last batch's sequences, detached and unpadded; empties the store."""
         ...

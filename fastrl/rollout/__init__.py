@@ -1,0 +1,1 @@
+"""Rollout generation: engines, draft trees, acceptance, sampling, adaptation; no Lightning."""

@@ -1,10 +1,10 @@
 """The attention function registered with transformers: attends over our KV cache under a tree mask.
 
-transformers' decoder layers call it with fresh queries, keys and values; keyword arguments of the model's
-forward reach it unchanged, and `kv_view` among them says where keys and values go and what each query may
-see. Without a `kv_view` it is plain SDPA, so the same module also trains.
+transformers' decoder layers call it with fresh queries, keys and values; keyword arguments of the
+model's forward reach it unchanged, and `kv_view` among them says where keys and values go and what
+each query may see. Without a `kv_view` it is plain SDPA, so the same module also trains.
 
-Source: transformers' `AttentionInterface` (docs: attention_interface). Shape legend: fastrl/types.py.
+Source: transformers' `AttentionInterface` (docs: attention_interface). Shape legend: types.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class KVView(Protocol):
         ...
 
     def additive_mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """[B, 1, T, S], 0 where a query may see a key and the dtype's lowest value elsewhere; None: all."""
+        """[B, 1, T, S]: 0 where a query may see a key, dtype's lowest elsewhere; None: sees all."""
         ...
 
 

@@ -1,7 +1,7 @@
 """The contract of a rollout engine, and of the strategy selector it asks before each decode step.
 
-Two engines keep it: the embedded one (`torch_engine`) and SGLang's (`sglang_engine`). The same contract
-tests run over both. Nothing here imports Lightning.
+Two engines keep it: the embedded one (`torch_engine`) and SGLang's (`sglang_engine`). The same
+contract tests run over both. Nothing here imports Lightning.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StrategySelector(Protocol):
     """Chooses the speculation strategy of each decode step."""
 
     def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
-        """Strategy for a step over `batch_size` live rows, the longest of `context_tokens` tokens."""
+        """Strategy for a step over `batch_size` live rows, the longest of `context_tokens`."""
         ...
 
     def record(self, stats: StepStats) -> None:
@@ -50,7 +50,7 @@ class RolloutEngine(Protocol):
     """Given the time in which this rank has finished generating and others have not."""
 
     def start(self, model_path: str) -> None:
-        """Load model, tokenizer and drafter; after process groups exist, before the first `generate`."""
+        """Load model, tokenizer and drafter; after process groups exist."""
         ...
 
     def generate(
@@ -65,8 +65,8 @@ class RolloutEngine(Protocol):
     ) -> list[Rollout]:
         """`num_samples` responses a prompt, in order (prompt-major).
 
-        The randomness of each token is a function of (seed, rl_step, prompt id, sample index, position)
-        alone. Raises ValueError for a prompt that leaves no room for a response.
+        The randomness of each token is a function of (seed, rl_step, prompt id, sample index,
+        position) alone. Raises ValueError for a prompt that leaves no room for a response.
         """
         ...
 

@@ -1,12 +1,13 @@
-"""From logits to a token: the one definition that drafting, verification, the policy loss and tests share.
+"""From logits to a token: the one definition drafting, verification, loss and tests share.
 
-A token is a deterministic function of the target's logits and one uniform, which is itself a function of
-(seed, RL step, prompt id, sample index, position): inverse CDF. So a rollout does not depend on how it was
-computed, batched or speculated, up to floating-point differences in logits (laws 1, 2 and 4 of
-docs/architecture.md).
+A token is a deterministic function of the target's logits and one uniform, which is itself a
+function of (seed, RL step, prompt id, sample index, position): inverse CDF. So a rollout does not
+depend on how it was computed, batched or speculated, up to floating-point differences in logits
+(laws 1, 2 and 4 of docs/architecture.md).
 
-Filters apply in the order of vLLM and SGLang: temperature, top-k, top-p, min-p, each on the renormalized
-outcome of the one before. Shape legend: fastrl/types.py; `*` is any number of leading dimensions.
+Filters apply in the order of vLLM and SGLang: temperature, top-k, top-p, min-p, each on the
+renormalized outcome of the one before. Shape legend: fastrl/types.py; `*` is any number of leading
+dimensions.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def log_distribution(
     Args:
         logits: [*, V], any float dtype.
         sampling: temperature and filters; temperature 0 puts all mass on the most likely token.
-        keep: [*] int64, a token of each row that no filter may drop. The policy loss passes the sampled
-            token, so that its log-probability stays finite after the policy has moved.
+        keep: [*] int64, a token of each row that no filter may drop. The policy loss passes the
+            sampled token, so that its log-probability stays finite after the policy has moved.
     """
     logits = logits.float()
     if sampling.temperature == 0:
@@ -89,7 +90,8 @@ def sample_inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     if vocab_size <= _CDF_BLOCK:
         return _first_exceeding(probs, uniforms * probs.sum(-1))
     padding = -vocab_size % _CDF_BLOCK
-    blocks = torch.nn.functional.pad(probs, (0, padding)).unflatten(-1, (-1, _CDF_BLOCK))
+    blocks = torch.nn.functional.pad(probs, (0, padding))
+    blocks = blocks.view(*probs.shape[:-1], -1, _CDF_BLOCK)
     block_mass = blocks.sum(-1)
     threshold = uniforms * block_mass.sum(-1)
     block = _first_exceeding(block_mass, threshold)

@@ -1,18 +1,19 @@
-"""The EAGLE drafter: one decoder layer over (embedding of token t+1, target hidden state of token t).
+"""The EAGLE drafter: one decoder layer over (embedding of token t+1, target hidden state t).
 
-Its output at t approximates the target's hidden state of token t+1; the target's LM head turns that into
-the distribution of token t+2. Embedding and LM head are the target's, frozen and never part of the
-drafter. The same forward trains (packed, segment-masked) and serves (cached, tree-masked).
+Its output at t approximates the target's hidden state of token t+1; the target's LM head turns
+that into the distribution of token t+2. Embedding and LM head are the target's, frozen and never
+part of the drafter. The same forward trains (packed, segment-masked) and serves (cached,
+tree-masked).
 
-Source: EAGLE (Li et al., ICML 2024, arXiv 2401.15077), in the weight layout of SafeAILab/EAGLE that SGLang
-loads (`LlamaForCausalLMEagle`): `fc` and one Llama layer whose input norm is left out.
+Source: EAGLE (Li et al., ICML 2024, arXiv 2401.15077), in the weight layout of SafeAILab/EAGLE
+that SGLang loads (`LlamaForCausalLMEagle`): `fc` and one Llama layer whose input norm is left out.
 Leaves out EAGLE-3 and training; the loss is fastrl/rollout/drafters/loss.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class EagleDrafter(nn.Module):
     """One-layer drafter over a target's features.
 
     Args:
-        config: Llama-style configuration with one hidden layer; hidden size and vocabulary are the target's.
+        config: Llama-style, of one hidden layer; hidden size and vocabulary are the target's.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -41,7 +42,7 @@ class EagleDrafter(nn.Module):
         self.config = config
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=True)
         layer = LlamaDecoderLayer(config, layer_idx=0)
-        layer.input_layernorm = nn.Identity()
+        layer.input_layernorm = nn.Identity()  # type: ignore[assignment]
         self.layers = nn.ModuleList([layer])
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
@@ -86,7 +87,7 @@ class EagleDrafter(nn.Module):
             embeddings_BTD: target embeddings of tokens t+1.
             hidden_BTD: target (or, deeper in a tree, predicted) hidden states of tokens t.
             position_ids_BT: t, counted from the sequence's (or packed segment's) start.
-            attention_mask: [B, 1, T, T] bool, True where a query may see a key; None with a `kv_view`.
+            attention_mask: [B, 1, T, T] bool, True where a query may see; None with `kv_view`.
             attention_kwargs: `kv_view` when serving from a cache.
         """
         inputs = self.fc(torch.cat((embeddings_BTD, hidden_BTD), dim=-1))
@@ -110,9 +111,9 @@ class EagleDrafter(nn.Module):
             ours, theirs = getattr(self.config, name), getattr(target, name)
             if ours != theirs:
                 raise ValueError(
-                    f"drafter {source} has {name} {ours}, but the policy's is {theirs}: a drafter serves only "
-                    f"the target it was made for; give the drafter of this policy, or make one with "
-                    f"EagleDrafter.for_target"
+                    f"drafter {source} has {name} {ours}, but the policy's is {theirs}: a drafter "
+                    f"serves only the target it was made for; give the drafter of this policy, or "
+                    f"make one with EagleDrafter.for_target"
                 )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -143,14 +144,14 @@ class EagleDrafter(nn.Module):
         for file in ("config.json", "model.safetensors"):
             if not (folder / file).is_file():
                 raise FileNotFoundError(
-                    f"drafter checkpoint {folder} has no {file}; expected a folder with config.json and "
-                    f"model.safetensors, as EagleDrafter.save_pretrained writes"
+                    f"drafter checkpoint {folder} has no {file}; expected a folder with "
+                    f"config.json and model.safetensors, as EagleDrafter.save_pretrained writes"
                 )
         raw = json.loads((folder / "config.json").read_text())
         if raw.get("architectures") != [ARCHITECTURE]:
             raise ValueError(
-                f"drafter checkpoint {folder} has architectures {raw.get('architectures')}, expected "
-                f"['{ARCHITECTURE}']: is it a drafter?"
+                f"drafter checkpoint {folder} has architectures {raw.get('architectures')}, "
+                f"expected ['{ARCHITECTURE}']: is it a drafter?"
             )
         drafter = cls(LlamaConfig.from_dict(raw))
         if target is not None:
@@ -158,7 +159,7 @@ class EagleDrafter(nn.Module):
         drafter.load_weights(load_file(folder / "model.safetensors").items(), source=str(folder))
         return drafter
 
-    def load_weights(self, named_tensors: Any, source: str) -> None:
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
         """Copy weights in place; every trainable tensor must be given, nothing unknown may be.
 
         Copies of the target's embedding and LM head are skipped (published checkpoints carry them).

@@ -1,0 +1,51 @@
+"""Which nodes of a draft tree the target's own samples confirm.
+
+At each node the target's token has been sampled; if it is one of the node's children, the walk goes
+on there, else it is emitted and the walk ends. The emitted tokens are exactly those that sampling
+without a draft would give, because every one of them was sampled from the target's distribution
+given the tokens before it: no draft probability enters, and no residual distribution is needed.
+
+Pure; walks all rows at once, without a loop over depth. Shape legend: fastrl/types.py; P path
+places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl.rollout.tree import DraftTree
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Acceptance:
+    """The accepted path of each row's tree. P is the tree's depth + 1."""
+
+    num_accepted_B: Tensor  # int64: draft tokens accepted; num_accepted + 1 tokens are emitted
+    path_BP: Tensor  # int64: nodes from the root down; arbitrary after the first num_accepted + 1
+    emitted_BP: Tensor  # int64: the token sampled at each of them; arbitrary after the same
+
+
+def accept(tree: DraftTree, sampled_BN: Tensor) -> Acceptance:
+    """Walk each tree along the target's samples.
+
+    Args:
+        tree: parents before children, siblings with different tokens.
+        sampled_BN: int64, the target's token after each node, had the node been accepted.
+    """
+    if tree.num_nodes == 1:
+        zeros_BN = torch.zeros_like(sampled_BN)
+        return Acceptance(num_accepted_B=zeros_BN[:, 0], path_BP=zeros_BN, emitted_BP=sampled_BN)
+    confirmed_BN = sampled_BN.gather(1, tree.parents_BN) == tree.tokens_BN
+    confirmed_BN[:, 0] = True
+    accepted_BN = (confirmed_BN.unsqueeze(1) | ~tree.ancestors_BNN).all(-1)
+    # The accepted nodes form one path, and node order is depth order along it.
+    path_BP = accepted_BN.byte().sort(dim=-1, descending=True, stable=True).indices
+    path_BP = path_BP[:, : tree.depth + 1]
+    return Acceptance(
+        num_accepted_B=accepted_BN.sum(-1) - 1,
+        path_BP=path_BP,
+        emitted_BP=sampled_BN.gather(1, path_BP),
+    )

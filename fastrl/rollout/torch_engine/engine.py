@@ -1,0 +1,255 @@
+"""The embedded rollout engine: continuous batching with lossless tree speculation, in this process.
+
+This file is its life cycle: what it is made of, weights in, memory out. How it generates is told in
+generation.py. Leaves out distribution over ranks: each rank has an engine of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector
+from fastrl.rollout.sampling import request_key
+from fastrl.rollout.torch_engine.drafting import Drafting, EagleDrafting
+from fastrl.rollout.torch_engine.generation import Generation
+from fastrl.rollout.torch_engine.kv_cache import KVCache
+from fastrl.rollout.torch_engine.requests import EndOfResponse
+from fastrl.rollout.torch_engine.rows import Request
+from fastrl.rollout.torch_engine.target import TargetModel
+from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
+
+
+@dataclass(kw_only=True, slots=True)
+class _Loaded:
+    """What exists between `start` and `close`."""
+
+    target: TargetModel
+    cache: KVCache
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
+    drafter: EagleDrafter | None
+    drafting: Drafting | None
+
+
+class TorchEngine:
+    """Rollouts from transformers' own modules, on a CPU or one GPU.
+
+    Args:
+        drafter_path: Folder of the EAGLE drafter to speculate with; null: no speculation.
+        strategy: Draft tree of every step, as depth_topk_verifytokens ('4_2_8') or 'off'; a
+            StrategyAdaptation callback replaces it by a bandit.
+        max_batch_size: Most rollouts decoded at once; others wait in a queue.
+        dtype: Numbers to compute in; the policy's own weights are shared if they have it.
+        device: Where to compute: 'cpu', 'cuda', 'cuda:1', or 'auto' for a GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        drafter_path: str | None = None,
+        strategy: str = "off",
+        max_batch_size: int = 64,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str = "auto",
+    ) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
+        self.drafter_path = drafter_path
+        self.strategy_selector: StrategySelector = FixedStrategy(strategy)
+        self.on_idle: IdleHook | None = None
+        self.others_generate: Callable[[], bool] = _nobody
+        """Whether other ranks still generate; set by whoever coordinates ranks."""
+        self._max_batch_size = max_batch_size
+        self._dtype = getattr(torch, dtype)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        self._policy_version = -1
+        self._drafter_version = -1
+        self._stats = EngineStats()
+        self._known_strategies: set[DraftStrategy] = set()
+        self._loaded: _Loaded | None = None
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    def start(self, model_path: str) -> None:
+        """Build the model's skeleton, load tokenizer and drafter; weights come by `load_policy`."""
+        target = TargetModel(model_path, dtype=self._dtype, device=self._device)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        drafter = drafting = None
+        if self.drafter_path is not None:
+            drafter = EagleDrafter.from_pretrained(self.drafter_path, target.config)
+            drafter.to(self._device, self._dtype).requires_grad_(False).eval()
+            drafting = EagleDrafting(drafter, target, self._max_batch_size)
+        self._loaded = _Loaded(
+            target=target,
+            cache=target.new_cache(self._max_batch_size),
+            tokenizer=tokenizer,
+            eos_token_ids=_eos_token_ids(model_path, tokenizer),
+            drafter=drafter,
+            drafting=drafting,
+        )
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights it samples from; -1 before the first `load_policy`."""
+        return self._policy_version
+
+    @property
+    def drafter_version(self) -> int:
+        """Version of the drafter; -1 for the one loaded from drafter_path."""
+        return self._drafter_version
+
+    def load_policy(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the policy's weights; those of our dtype and device are shared, not copied."""
+        self._started().target.load(named_tensors)
+        self._policy_version = version
+
+    def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the drafter's trainable weights, by copy."""
+        drafter = self._started().drafter
+        if drafter is None:
+            raise ValueError("load_drafter: the engine has no drafter; set engine.drafter_path")
+        drafter.load_weights(named_tensors, source=f"publication {version}")
+        self._drafter_version = version
+
+    def stats(self) -> EngineStats:
+        """What the last `generate` did."""
+        return self._stats
+
+    def sleep(self) -> None:
+        """Give back the caches' memory."""
+        loaded = self._started()
+        loaded.cache.release()
+        if loaded.drafting is not None:
+            loaded.drafting.release()
+
+    def wake(self) -> None:
+        """Caches grow again as they are needed; shared weights never left."""
+        self._started()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Versions; the weights themselves are pushed again on resume."""
+        return {"policy_version": self._policy_version, "drafter_version": self._drafter_version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is loaded yet after a resume, whatever the versions were: pushes follow."""
+        self._policy_version = -1
+        self._drafter_version = -1
+
+    def close(self) -> None:
+        """Free model and caches."""
+        self._loaded = None
+        self._policy_version = self._drafter_version = -1
+
+    def _started(self) -> _Loaded:
+        if self._loaded is None:
+            raise ValueError("the engine is not started: call start(model_path) first")
+        return self._loaded
+
+    # -- generation -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        rl_step: int = 0,
+        return_hidden_states: bool = False,
+    ) -> list[Rollout]:
+        """`num_samples` responses a prompt, prompt-major; see `RolloutEngine.generate`.
+
+        Raises:
+            ValueError: before `start` or `load_policy`, or for a prompt that is empty or leaves no
+                room for a response.
+        """
+        started = perf_counter()
+        loaded = self._started()
+        if not loaded.target.has_weights:
+            raise ValueError("the engine has no weights: call load_policy before generate")
+        for prompt in prompts:
+            _check_prompt(prompt, loaded.target.max_context)
+        generation = Generation(
+            target=loaded.target,
+            cache=loaded.cache,
+            drafting=loaded.drafting,
+            selector=self.strategy_selector,
+            check_strategy=self._check_strategy,
+            end=EndOfResponse(
+                loaded.tokenizer, loaded.eos_token_ids, sampling, loaded.target.max_context
+            ),
+            sampling=sampling,
+            policy_version=self._policy_version,
+            return_hidden_states=return_hidden_states,
+        )
+        rollouts = generation.run(_requests(prompts, num_samples, seed, rl_step))
+        self._stats = generation.statistics.result(perf_counter() - started)
+        if self.on_idle is not None and self.others_generate():
+            self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
+        return rollouts
+
+    def _check_strategy(self, strategy: DraftStrategy) -> None:
+        if strategy in self._known_strategies:
+            return
+        loaded = self._started()
+        if not strategy.is_off and loaded.drafting is None:
+            raise ValueError(
+                f"strategy {strategy} needs a drafter, but engine.drafter_path is null; set it to "
+                f"a drafter checkpoint, or use strategy 'off'"
+            )
+        vocab_size = loaded.target.config.vocab_size
+        if strategy.topk > vocab_size:
+            raise ValueError(
+                f"strategy {strategy}: topk {strategy.topk} is larger than the vocabulary "
+                f"({vocab_size}); lower it"
+            )
+        self._known_strategies.add(strategy)
+
+
+def _nobody() -> bool:
+    return False
+
+
+def _requests(
+    prompts: Sequence[Prompt], num_samples: int, seed: int, rl_step: int
+) -> list[Request]:
+    return [
+        Request(
+            prompt=prompt,
+            sample_index=sample,
+            place=number * num_samples + sample,
+            key=request_key(seed, rl_step, prompt.prompt_id, sample),
+        )
+        for number, prompt in enumerate(prompts)
+        for sample in range(num_samples)
+    ]
+
+
+def _check_prompt(prompt: Prompt, max_context: int) -> None:
+    num_tokens = len(prompt.tokens)
+    if not 0 < num_tokens < max_context:
+        raise ValueError(
+            f"prompt {prompt.prompt_id} has {num_tokens} tokens; expected 1 or more, fewer than "
+            f"the model's context of {max_context}, so that a response fits: filter long prompts "
+            f"(data.prompts.max_prompt_tokens)"
+        )
+
+
+def _eos_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """End-of-sequence tokens of the generation configuration, where there is one, and tokenizer."""
+    ids = {tokenizer.eos_token_id}
+    if (Path(model_path) / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
+        ids |= set(configured if isinstance(configured, list) else [configured])
+    return tuple(sorted(ids - {None}))

@@ -1,0 +1,154 @@
+"""The target model as the engine runs it: transformers' own modules over our cache.
+
+A skeleton of the model is built without weights, and takes the policy's: the very same storage
+where device and dtype agree (so an optimizer step is seen at once), copies elsewhere.
+
+Leaves out training: the policy module has its own model object with its own attention.
+Shape legend: fastrl/types.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fastrl.rollout.attention import CACHED_ATTENTION
+from fastrl.rollout.torch_engine.kv_cache import CacheView, KVCache
+
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Models that scale or cap their logits after the LM head, which this engine applies on its own.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class TargetModel:
+    """A decoder-only causal LM over a `KVCache`.
+
+    Args:
+        model_path: folder with a Hugging Face `config.json`.
+        dtype, device: to compute in.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a model this engine would not run exactly.
+    """
+
+    def __init__(self, model_path: str, *, dtype: torch.dtype, device: torch.device) -> None:
+        if not (Path(model_path) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model folder {model_path} has no config.json; expected a Hugging Face checkpoint "
+                f"folder (config.json, model.safetensors, tokenizer files)"
+            )
+        self.dtype, self.device = dtype, device
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(model_path).get_text_config()
+        _check_supported(self.config, model_path)
+        with torch.device("meta"):
+            self._model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                self.config, dtype=dtype, attn_implementation=CACHED_ATTENTION
+            )
+        self._model.eval()
+        self._base = self._model.base_model
+        with torch.device(device):
+            self._base.rotary_emb = type(self._base.rotary_emb)(config=self.config)
+        self._mask_stand_in = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
+        self.has_weights = False
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Token embedding: ids to [*, D]."""
+        embedding: nn.Module = self._model.get_input_embeddings()
+        return embedding
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """Hidden states to logits [*, V]."""
+        lm_head: nn.Module = self._model.get_output_embeddings()
+        return lm_head
+
+    @property
+    def max_context(self) -> int:
+        """Longest sequence in tokens, prompt and response."""
+        return int(self.config.max_position_embeddings)
+
+    def new_cache(self, num_rows: int) -> KVCache:
+        """An empty cache for this model."""
+        config = self.config
+        head_dim = getattr(config, "head_dim", None)
+        return KVCache(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+            num_rows=num_rows,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take all weights; tensors of our device and dtype are shared, others copied.
+
+        Raises ValueError naming missing, unknown and misshapen tensors.
+        """
+        own = dict(self._model.named_parameters())
+        given = {
+            name: tensor.detach().to(self.device, self.dtype) for name, tensor in named_tensors
+        }
+        if self.config.tie_word_embeddings:
+            given.pop("lm_head.weight", None)
+        missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+        misshapen = [
+            f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own.keys() & given.keys()
+            if own[name].shape != given[name].shape
+        ]
+        if missing or unknown or misshapen:
+            raise ValueError(
+                f"policy weights do not fit the engine's model: missing {missing}, "
+                f"unknown {unknown}, misshapen {misshapen}"
+            )
+        self._model.load_state_dict(given, strict=False, assign=True)
+        self._model.requires_grad_(False)
+        self._model.tie_weights()
+        _check_materialized(self._model)
+        self.has_weights = True
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, view: CacheView) -> Tensor:
+        """Hidden states after the final norm, [B, T, D]; keys and values go into the view's
+        cache."""
+        output = self._base(
+            input_ids=tokens_BT,
+            position_ids=positions_BT,
+            attention_mask=self._mask_stand_in,  # four-dimensional: passed on as it is, unused
+            use_cache=False,
+            kv_view=view,
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def _check_supported(config: PretrainedConfig, model_path: str) -> None:
+    settings = config.to_dict()
+    rope = settings.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type in _LENGTH_DEPENDENT_ROPE:
+        raise ValueError(
+            f"{model_path}: rope type {rope_type!r} makes a token's rotation depend on the longest "
+            f"sequence of its batch, so batched rollouts would not be exact; use a model with rope "
+            f"type default, linear, llama3 or yarn, or the SGLang engine"
+        )
+    for name in _LOGIT_CHANGES:
+        if settings.get(name) not in (None, 1, 1.0):
+            raise ValueError(
+                f"{model_path} sets {name}={settings[name]}, which the embedded engine "
+                f"does not apply; use the SGLang engine"
+            )
+
+
+def _check_materialized(model: nn.Module) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if empty := [name for name, tensor in tensors if tensor.is_meta]:
+        raise ValueError(
+            f"the embedded engine cannot fill {empty} of {type(model).__name__}: they are neither "
+            f"published weights nor rotary buffers; use the SGLang engine for this architecture"
+        )
