@@ -1,0 +1,88 @@
+"""Lightning's rich progress bar, counted in RL steps: reward, accept length, tokens a second.
+
+One bar for the whole run, whatever its number of epochs. Where the output is no terminal (a pipe, a
+job's log), a plain line a step instead of control codes. Always on: FastRLCLI adds it, unless
+`trainer.enable_progress_bar` is false.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich import get_console
+from rich.progress import ProgressColumn
+
+from fastrl.types import PolicySource
+
+_REFRESH_PER_SECOND = 10
+
+
+class RolloutProgressBar(RichProgressBar):
+    """Shows the run's RL steps, and the values logged with `prog_bar=True`."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=_REFRESH_PER_SECOND)
+        self._prints_lines = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        console = get_console()
+        is_live = console.is_interactive or console.is_jupyter
+        if not is_live and self.is_enabled:
+            self._prints_lines = trainer.is_global_zero
+            self.disable()
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """RL steps of the whole run; infinite when neither epochs nor loader bound it."""
+        max_epochs = self.trainer.max_epochs
+        if max_epochs is None or max_epochs < 0:
+            return float("inf")
+        return self.trainer.num_training_batches * max_epochs
+
+    @property
+    def sanity_check_description(self) -> str:
+        """What Lightning calls the sanity check is here the validation before the first step."""
+        return self.validation_description
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "RL steps"
+
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+        """Lightning's, without its iterations a second: RL steps take seconds to minutes."""
+        columns: list[ProgressColumn] = super().configure_columns(trainer)
+        return columns[:-1]
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """The logged values, without the run's version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.train_progress_bar_id is None:
+            super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        rl_step = cast(PolicySource, pl_module).rl_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, rl_step - 1)
+        if self._prints_lines:
+            print(self._line(trainer, pl_module, rl_step), flush=True)
+
+    def _line(self, trainer: Trainer, pl_module: LightningModule, rl_step: int) -> str:
+        values = (
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in self.get_metrics(trainer, pl_module).items()
+        )
+        return "  ".join((f"RL step {rl_step}/{self.total_train_batches:g}", *values))
