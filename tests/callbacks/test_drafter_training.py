@@ -1,0 +1,406 @@
+"""Co-training in a real Trainer: budget, publication, idle time, resume, and what stays frozen.
+
+The engine is a fake that records what it is given; policy, drafter and Lightning are real.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastrl.callbacks.drafter_training import DrafterTraining
+from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.engine import IdleHook, IdleWindow
+from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
+
+VOCAB_SIZE = 13
+CONFIG = LlamaConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    initializer_range=0.2,
+)
+
+
+class FakeEngine:
+    """Records publications: their version, the weights as they were, and the tensors themselves."""
+
+    def __init__(self, drafter_path: str | None) -> None:
+        self.drafter_path = drafter_path
+        self.on_idle: IdleHook | None = None
+        self.is_started = False
+        self.published: list[tuple[int, dict[str, Tensor]]] = []
+        self.served: dict[str, Tensor] = {}
+
+    def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        assert self.is_started, "load_drafter before start"
+        self.served = dict(named_tensors)
+        self.published.append((version, copy.deepcopy(self.served)))
+
+
+class FakeRollouts(LightningDataModule):
+    """Batches of random tokens, a function of the RL step; idle time before each, if given."""
+
+    def __init__(self, engine: FakeEngine, num_rl_steps: int) -> None:
+        super().__init__()
+        self.engine = engine
+        self.num_rl_steps = num_rl_steps
+        self.idle_window: IdleWindow | None = None
+
+    def ensure_started(self) -> None:
+        self.engine.is_started = True
+
+    def train_dataloader(self) -> DataLoader[RolloutBatch]:
+        return DataLoader(range(self.num_rl_steps), batch_size=1, collate_fn=self.rollout)
+
+    def rollout(self, _: list[int]) -> RolloutBatch:
+        self.ensure_started()
+        rl_step = self.trainer.lightning_module.rl_step
+        if self.engine.on_idle is not None and self.idle_window is not None:
+            with torch.inference_mode():
+                self.engine.on_idle(self.idle_window)
+        generator = torch.Generator().manual_seed(rl_step)
+        tokens_BT = torch.randint(VOCAB_SIZE, (4, 12), generator=generator)
+        everywhere = torch.ones_like(tokens_BT, dtype=torch.bool)
+        return RolloutBatch(
+            tokens_BT=tokens_BT,
+            attention_mask_BT=everywhere,
+            response_mask_BT=everywhere,
+            rollout_logprobs_BT=torch.zeros(4, 12),
+            rewards_B=torch.zeros(4),
+            group_B=torch.zeros(4, dtype=torch.int64),
+            is_truncated_B=torch.zeros(4, dtype=torch.bool),
+            policy_version_B=torch.zeros(4, dtype=torch.int64),
+            sampling=SamplingParams(),
+            rl_step=rl_step,
+        )
+
+    def transfer_batch_to_device(
+        self, batch: RolloutBatch, device: torch.device, dataloader_idx: int
+    ) -> RolloutBatch:
+        return batch.to(device)
+
+
+class FakePolicyModule(LightningModule):
+    """A tiny policy that a plain language-model loss changes at every RL step."""
+
+    def __init__(self, learning_rate: float) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.automatic_optimization = False
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.policy = LlamaForCausalLM(CONFIG)
+        self.rl_step = 0
+        self.policy_version = 0
+        self.collect_features = False
+        self.features: list[SequenceFeatures] = []
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> None:
+        output = self.policy(batch.tokens_BT, labels=batch.tokens_BT, output_hidden_states=True)
+        if self.collect_features:
+            self.features = [
+                SequenceFeatures(
+                    tokens_T=tokens_T,
+                    hidden_TD=hidden_TD,
+                    num_prompt_tokens=3,
+                    rl_step=self.rl_step,
+                )
+                for tokens_T, hidden_TD in zip(
+                    batch.tokens_BT, output.hidden_states[-1].detach(), strict=True
+                )
+            ]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(output.loss)
+        optimizer.step()
+        self.rl_step += 1
+        self.policy_version += 1
+
+    def take_features(self) -> list[SequenceFeatures]:
+        taken, self.features = self.features, []
+        return taken
+
+    def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.policy.named_parameters()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.policy.parameters(), lr=self.learning_rate)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rl_step"] = self.rl_step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.rl_step = checkpoint["rl_step"]
+
+
+class Watch(Callback):
+    """Calls a function after each training batch, behind the callback under test."""
+
+    def __init__(self, look: Callable[[Trainer], None]) -> None:
+        self.look = look
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.look(trainer)
+
+
+@pytest.fixture
+def drafter_path(tmp_path: Path) -> str:
+    folder = tmp_path / "drafter"
+    EagleDrafter.for_target(CONFIG, seed=5).save_pretrained(folder)
+    return str(folder)
+
+
+def small_callback(**options: Any) -> DrafterTraining:
+    defaults = {
+        "learning_rate": 1e-2,
+        "steps_per_batch": 3,
+        "tokens_per_step": 30,
+        "buffer_tokens": 100,
+        "publish_every_n_steps": 2,
+    }
+    return DrafterTraining(**(defaults | options))
+
+
+def fit(
+    callback: DrafterTraining,
+    drafter_path: str | None,
+    num_rl_steps: int,
+    *,
+    others: Iterable[Callback] = (),
+    idle_window: IdleWindow | None = None,
+    ckpt_path: str | None = None,
+    policy_learning_rate: float = 0.1,
+) -> tuple[FakeEngine, FakePolicyModule]:
+    engine, module = FakeEngine(drafter_path), FakePolicyModule(policy_learning_rate)
+    rollouts = FakeRollouts(engine, num_rl_steps)
+    rollouts.idle_window = idle_window
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        callbacks=[callback, *others],
+        enable_checkpointing=any(isinstance(other, ModelCheckpoint) for other in others),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(
+        module, datamodule=rollouts, ckpt_path=ckpt_path, weights_only=ckpt_path is not None
+    )
+    return engine, module
+
+
+def window_of(num_polls: int) -> IdleWindow:
+    """Open for `num_polls` questions, then closed; the count starts again after closing."""
+    polls = 0
+
+    def should_stop() -> bool:
+        nonlocal polls
+        polls += 1
+        if polls > num_polls:
+            polls = 0
+            return True
+        return False
+
+    return IdleWindow(should_stop=should_stop)
+
+
+def recorded_metrics(names: list[str], into: list[list[float]]) -> Watch:
+    return Watch(
+        lambda trainer: into.append([trainer.callback_metrics[name].item() for name in names])
+    )
+
+
+def test_budget_publications_and_metrics_follow_the_schedule(drafter_path: str) -> None:
+    """3 optimizer steps an RL step, published after steps 2 and 4; 48 tokens each, at most 100."""
+    rows: list[list[float]] = []
+    names = ["drafter/num_steps", "drafter/version", "drafter/buffer_tokens"]
+    engine, _ = fit(small_callback(), drafter_path, 5, others=[recorded_metrics(names, into=rows)])
+    assert rows == [[3, 0, 48], [3, 1, 96], [3, 1, 96], [3, 2, 96], [3, 2, 96]]
+    assert [version for version, _ in engine.published] == [1, 2]
+
+
+def test_training_lowers_the_loss_of_a_policy_that_stands_still(drafter_path: str) -> None:
+    """On random sequences it has not seen; and the loss logged is the sum of its two parts."""
+    names = ["drafter/loss", "drafter/loss_ce", "drafter/loss_hidden", "drafter/top1_agreement"]
+    rows: list[list[float]] = []
+    callback = small_callback(steps_per_batch=20, hidden_loss_weight=0.5)
+    watch = recorded_metrics(names, into=rows)
+    fit(callback, drafter_path, 4, others=[watch], policy_learning_rate=0.0)
+    for loss, cross_entropy, hidden, agreement in rows:
+        assert loss == pytest.approx(cross_entropy + 0.5 * hidden, rel=1e-5)
+        assert 0 <= agreement <= 1
+    assert rows[-1][2] < 0.6 * rows[0][2]
+    assert rows[-1][3] > rows[0][3] + 0.2
+
+
+def test_published_weights_are_the_drafters_alone_and_the_policy_is_untouched(
+    drafter_path: str,
+) -> None:
+    """Names are the drafter's own; a policy run without co-training ends with the same weights."""
+    engine, module = fit(small_callback(), drafter_path, 2)
+    (_, published), own = engine.published[0], EagleDrafter.from_pretrained(drafter_path)
+    assert published.keys() == dict(own.named_weights()).keys()
+    assert not any("embed" in name or "lm_head" in name for name in published)
+    assert all((published[name] != weight).any() for name, weight in own.named_weights())
+    _, module_alone = fit(small_callback(steps_per_batch=0), drafter_path, 2)
+    for ours, alone in zip(
+        module.policy.parameters(), module_alone.policy.parameters(), strict=True
+    ):
+        assert torch.equal(ours, alone)
+
+
+def test_training_after_a_publication_never_changes_what_is_served(drafter_path: str) -> None:
+    engine, _ = fit(small_callback(), drafter_path, 3)
+    (_, as_published) = engine.published[-1]
+    assert all(torch.equal(engine.served[name], weight) for name, weight in as_published.items())
+
+
+def test_idle_time_is_used_until_the_window_closes_and_counts_against_the_budget(
+    drafter_path: str,
+) -> None:
+    """Two steps before each rollout but the first (nothing to learn from yet), one is left."""
+    rows: list[list[float]] = []
+    watch = recorded_metrics(["drafter/num_steps"], into=rows)
+    callback = small_callback()
+    open_for_two = window_of(2)
+    steps_at_window: list[int] = []
+
+    def should_stop() -> bool:
+        steps_at_window.append(len(callback._losses))
+        return open_for_two.should_stop()
+
+    fit(callback, drafter_path, 3, others=[watch], idle_window=IdleWindow(should_stop=should_stop))
+    assert rows == [[3], [3], [3]]
+    assert steps_at_window == [0, 1, 2, 0, 1, 2]
+
+
+def test_idle_time_beyond_the_budget_is_used_too(drafter_path: str) -> None:
+    rows: list[list[float]] = []
+    watch = recorded_metrics(["drafter/num_steps"], into=rows)
+    fit(small_callback(), drafter_path, 3, others=[watch], idle_window=window_of(7))
+    assert rows == [[3], [7], [7]]
+
+
+def test_a_closed_window_allows_no_step(drafter_path: str) -> None:
+    rows: list[list[float]] = []
+    watch = recorded_metrics(["drafter/num_steps"], into=rows)
+    fit(
+        small_callback(steps_per_batch=0),
+        drafter_path,
+        3,
+        others=[watch],
+        idle_window=IdleWindow(should_stop=lambda: True),
+    )
+    assert rows == [[0], [0], [0]]
+
+
+def test_hook_and_feature_collection_end_with_the_fit(drafter_path: str) -> None:
+    engine, module = fit(small_callback(), drafter_path, 1)
+    assert engine.on_idle is None
+    assert not module.collect_features
+
+
+@pytest.mark.parametrize("idle_polls", [None, 2])
+def test_a_resumed_run_continues_bit_identically(
+    drafter_path: str, tmp_path: Path, idle_polls: int | None
+) -> None:
+    """Stopped after 3 of 6 RL steps, one after a publication: the engine gets that back first."""
+
+    def window() -> IdleWindow | None:
+        return None if idle_polls is None else window_of(idle_polls)
+
+    metrics_whole: list[list[float]] = []
+    metrics_resumed: list[list[float]] = []
+    names = ["drafter/loss", "drafter/num_steps", "drafter/version", "drafter/buffer_tokens"]
+    saver = ModelCheckpoint(
+        dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1
+    )
+    whole, _ = fit(
+        small_callback(),
+        drafter_path,
+        6,
+        others=[recorded_metrics(names, into=metrics_whole), saver],
+        idle_window=window(),
+    )
+    resumed, _ = fit(
+        small_callback(seed=99),
+        drafter_path,
+        6,
+        others=[recorded_metrics(names, into=metrics_resumed)],
+        idle_window=window(),
+        ckpt_path=str(tmp_path / "step=3.ckpt"),
+    )
+    assert metrics_resumed == metrics_whole[3:]
+    assert [version for version, _ in whole.published] == [1, 2, 3]
+    assert [version for version, _ in resumed.published] == [1, 2, 3]
+    for (_, theirs), (_, ours) in zip(whole.published, resumed.published, strict=True):
+        assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_a_checkpoint_before_the_first_publication_publishes_nothing_on_resume(
+    drafter_path: str, tmp_path: Path
+) -> None:
+    saver = ModelCheckpoint(
+        dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1
+    )
+    fit(small_callback(publish_every_n_steps=4), drafter_path, 2, others=[saver])
+    resumed, _ = fit(
+        small_callback(publish_every_n_steps=4),
+        drafter_path,
+        2,
+        ckpt_path=str(tmp_path / "step=1.ckpt"),
+    )
+    assert resumed.published == []
+
+
+def test_state_survives_a_stop_between_restore_and_training(
+    drafter_path: str, tmp_path: Path
+) -> None:
+    """A checkpoint saved before training begins again must not lose the restored state."""
+    callback = small_callback()
+    fit(callback, drafter_path, 2)
+    state = callback.state_dict()
+    interrupted = small_callback()
+    interrupted.load_state_dict(state)
+    assert interrupted.state_dict() is state
+
+
+def test_a_run_without_a_drafter_is_refused_with_the_fix() -> None:
+    with pytest.raises(ValueError, match=r"drafter_path is null.*set drafter_path"):
+        fit(small_callback(), None, 1)
+
+
+def test_a_drafter_of_another_target_is_refused(tmp_path: Path) -> None:
+    other = LlamaConfig(**(CONFIG.to_diff_dict() | {"vocab_size": VOCAB_SIZE + 1}))
+    EagleDrafter.for_target(other, seed=0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"vocab_size 14, but the policy's is 13"):
+        fit(small_callback(), str(tmp_path), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be > 0, got 0.0"),
+        ({"steps_per_batch": -1}, "steps_per_batch must be >= 0, got -1"),
+        ({"tokens_per_step": 0}, "tokens_per_step must be >= 1, got 0"),
+        ({"publish_every_n_steps": 0}, "publish_every_n_steps must be >= 1, got 0"),
+        ({"hidden_loss_weight": -0.1}, "hidden_loss_weight must be >= 0, got -0.1"),
+        ({"buffer_tokens": 0}, "buffer_tokens must be >= 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_callback(**options)
