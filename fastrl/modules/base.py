@@ -140,7 +140,7 @@ class PolicyModule(LightningModule, ABC):
         """Load the policy and, where KL wants one, the reference."""
         if self._is_configured:
             return
-        self.policy = load_causal_lm(self.model_path)
+        self.policy = load_causal_lm(self.model_path).train()
         if self.kl_coef > 0:
             self._reference = (load_causal_lm(self.model_path).requires_grad_(False),)
         self._is_configured = True
@@ -184,6 +184,7 @@ class PolicyModule(LightningModule, ABC):
         """One RL step: every epoch and mini-batch of a rollout batch."""
         started_s = time.perf_counter()
         _check_trainable(batch, self.policy_version)
+        self._features = {}
         lengths = batch.attention_mask_BT.sum(1).tolist()
         mini_batches = [
             split_micro_batches(rows, lengths, self.micro_batch_tokens)

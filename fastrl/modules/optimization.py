@@ -18,7 +18,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+# No slots: jsonargparse reads the fields of a default value from its __dict__.
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
     """AdamW and its learning rate over RL steps."""
 
