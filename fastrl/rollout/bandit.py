@@ -194,6 +194,11 @@ class UCB1(Bandit):
         self._counts[bucket] = [count * fading for count in self._counts[bucket]]
         self._counts[bucket][arm] += 1
 
+    def discount(self, keep: float) -> None:
+        """Forget acceptance of older steps, and trust every arm's rate the less for it."""
+        super().discount(keep)
+        self._counts = [[count * keep for count in counts] for counts in self._counts]
+
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
         rates = {arm: self._rate(bucket, arm) for arm in candidates}
         best = max(candidates, key=rates.__getitem__)

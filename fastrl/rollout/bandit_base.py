@@ -48,7 +48,7 @@ class BanditReport:
     arm_shares: Mapping[str, float]
     """Share of decisions by strategy, every arm named; 0 with no decision."""
     best_arms: Mapping[str, BestArm]
-    """By bucket of live batch sizes (`1`, `2-4`, `65+`); buckets without any step are left out."""
+    """By bucket of live batch sizes (`1`, `2-4`, `65_up`); those without any step are left out."""
 
 
 class _Window:
@@ -249,7 +249,7 @@ class Bandit(ABC):
     def _bucket_name(self, bucket: int) -> str:
         first = self.batch_thresholds[bucket]
         if bucket + 1 == len(self.batch_thresholds):
-            return f"{first}+"
+            return f"{first}_up"
         last = self.batch_thresholds[bucket + 1] - 1
         return str(first) if first == last else f"{first}-{last}"
 

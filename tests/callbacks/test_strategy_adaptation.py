@@ -1,0 +1,253 @@
+"""The bandit in a real Trainer: installed, logged, discounted, resumed, and alike on two ranks.
+
+The engine is a fake whose step times are simulated; policy, Trainer and process group are real.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastrl.callbacks.strategy_adaptation import StrategyAdaptation, in_turns, report_scalars
+from fastrl.rollout.bandit import (
+    BanditReport,
+    BestArm,
+    BucketedEpsilonGreedy,
+    EpsilonGreedy,
+    FixedStrategy,
+)
+from fastrl.rollout.engine import StrategySelector
+from fastrl.types import OFF, DraftStrategy, RolloutBatch, SamplingParams, StepStats
+
+TREE = DraftStrategy.parse("4_2_8")
+BATCHES = (8, 8, 4, 4, 1, 1, 1, 1, 1, 1)
+"""Live rows in the steps of one simulated rollout."""
+
+
+def step(strategy: DraftStrategy, batch_size: int, seconds: float) -> StepStats:
+    accept_length = 1 if strategy.is_off else 3
+    return StepStats(
+        strategy=strategy,
+        batch_size=batch_size,
+        context_tokens=9,
+        accept_lengths=(accept_length,) * batch_size,
+        seconds=seconds,
+    )
+
+
+class FakeEngine:
+    """Steps the selector through a shrinking batch; trees are slower at larger ones."""
+
+    def __init__(self, drafter_path: str | None = "drafter", rank_delay: float = 0.0) -> None:
+        self.drafter_path = drafter_path
+        self.strategy_selector: StrategySelector = FixedStrategy()
+        self.rank_delay = rank_delay
+        self.chosen: list[str] = []
+
+    def generate(self, rank: int) -> None:
+        for index, batch_size in enumerate(BATCHES):
+            strategy = self.strategy_selector.select(batch_size, 9)
+            self.chosen.append(str(strategy))
+            seconds = 0.01 + 0.001 * index + (0 if strategy.is_off else 0.004 * batch_size)
+            self.strategy_selector.record(
+                step(strategy, batch_size, seconds + rank * self.rank_delay)
+            )
+
+
+class FakeRollouts(LightningDataModule):
+    def __init__(self, engine: FakeEngine, num_rl_steps: int) -> None:
+        super().__init__()
+        self.engine = engine
+        self.num_rl_steps = num_rl_steps
+
+    def train_dataloader(self) -> DataLoader[RolloutBatch]:
+        rl_steps = cast(Dataset[RolloutBatch], range(self.num_rl_steps))
+        return DataLoader(rl_steps, collate_fn=self.rollout, batch_size=None)
+
+    def rollout(self, _: Any) -> RolloutBatch:
+        assert self.trainer is not None
+        self.engine.generate(self.trainer.global_rank)
+        ones_BT = torch.ones(2, 3, dtype=torch.bool)
+        return RolloutBatch(
+            tokens_BT=ones_BT.long(),
+            attention_mask_BT=ones_BT,
+            response_mask_BT=ones_BT,
+            rollout_logprobs_BT=ones_BT.float(),
+            rewards_B=torch.ones(2),
+            group_B=torch.zeros(2, dtype=torch.long),
+            is_truncated_B=torch.zeros(2, dtype=torch.bool),
+            policy_version_B=torch.zeros(2, dtype=torch.long),
+            sampling=SamplingParams(),
+            rl_step=0,
+        )
+
+    def transfer_batch_to_device(self, batch: RolloutBatch, *_: Any) -> RolloutBatch:
+        return batch
+
+
+class TinyPolicy(LightningModule):
+    """Counts RL steps; the policy changes in each, unless frozen."""
+
+    def __init__(self, is_frozen: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.is_frozen = is_frozen
+        self.rl_step = 0
+        self.policy_version = 0
+        self.metrics: list[dict[str, float]] = []
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> None:
+        self.manual_backward(self.weight.sum())
+        cast(torch.optim.Optimizer, self.optimizers()).step()
+        self.rl_step += 1
+        self.policy_version += not self.is_frozen
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        self.metrics.append({name: float(value) for name, value in dictionary.items()})
+        super().log_dict(dictionary, *args, **kwargs)
+
+
+def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
+def test_bandit_chooses_the_engine_s_strategies_and_its_choices_are_logged(tmp_path: Path) -> None:
+    engine, policy = FakeEngine(), TinyPolicy()
+    callback = StrategyAdaptation(EpsilonGreedy(["4_2_8"], epsilon=0))
+    trainer(tmp_path, callback).fit(policy, FakeRollouts(engine, 6))
+    assert engine.strategy_selector is callback.bandit
+    assert [metrics["step"] for metrics in policy.metrics] == [1, 2, 3, 4, 5, 6]
+    for index, metrics in enumerate(policy.metrics):
+        chosen = engine.chosen[index * len(BATCHES) : (index + 1) * len(BATCHES)]
+        assert metrics["bandit/decisions"] == len(BATCHES)
+        assert metrics["bandit/arm_share_off"] == chosen.count("off") / len(BATCHES)
+        assert metrics["bandit/arm_share_4_2_8"] == chosen.count("4_2_8") / len(BATCHES)
+    assert policy.metrics[0]["bandit/explore_share"] == 1.0
+    last = policy.metrics[-1]
+    assert last["bandit/explore_share"] == 0
+    assert last["bandit/best_verify_tokens_batch_1"] == 8
+    assert last["bandit/best_verify_tokens_batch_5-8"] == 1
+    assert 3 / 0.024 < last["bandit/tokens_per_s_batch_1"] < 3 / 0.018
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_acceptance_is_discounted_once_for_each_new_policy(
+    tmp_path: Path, is_frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discounts: list[float] = []
+    bandit = EpsilonGreedy(["4_2_8"])
+    monkeypatch.setattr(bandit, "discount", discounts.append)
+    callback = StrategyAdaptation(bandit, keep=0.25)
+    trainer(tmp_path, callback).fit(TinyPolicy(is_frozen), FakeRollouts(FakeEngine(), 4))
+    assert discounts == [0.25] * (1 if is_frozen else 4)
+
+
+def test_resumed_run_chooses_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    def callback() -> StrategyAdaptation:
+        return StrategyAdaptation(EpsilonGreedy(["4_2_8", "2_1_3"], epsilon=0.4, seed=3))
+
+    whole, whole_engine = callback(), FakeEngine()
+    saver = ModelCheckpoint(
+        dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1
+    )
+    trainer(tmp_path, whole, saver).fit(TinyPolicy(), FakeRollouts(whole_engine, 6))
+
+    resumed, resumed_engine = callback(), FakeEngine()
+    policy = TinyPolicy()
+    policy.rl_step = policy.policy_version = 3
+    trainer(tmp_path, resumed).fit(
+        policy, FakeRollouts(resumed_engine, 6), ckpt_path=tmp_path / "step=3.ckpt"
+    )
+    assert len(resumed_engine.chosen) == 3 * len(BATCHES)
+    assert resumed_engine.chosen == whole_engine.chosen[3 * len(BATCHES) :]
+    assert resumed.state_dict() == whole.state_dict()
+
+
+class SavedByRank(StrategyAdaptation):
+    """Writes each rank's beliefs and choices where the parent process finds them."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        engine = trainer.datamodule.engine  # type: ignore[attr-defined]
+        result = {"state": self.state_dict(), "chosen": engine.chosen}
+        folder = Path(trainer.default_root_dir)
+        (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+
+
+def test_two_ranks_hold_the_same_beliefs_learned_from_both(tmp_path: Path) -> None:
+    callback = SavedByRank(BucketedEpsilonGreedy(["4_2_8"], epsilon=0.3, window_size=40))
+    trainer(tmp_path, callback, strategy="ddp_fork", devices=2).fit(
+        TinyPolicy(), FakeRollouts(FakeEngine(rank_delay=0.5), 3)
+    )
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["state"] == second["state"]
+    windows = first["state"]["bandit"]["windows"]
+    steps = [step for bucket in windows for window in bucket for step in window["steps"]]
+    assert len(steps) == 2 * 3 * len(BATCHES)
+    assert sum(seconds > 0.5 for _, _, seconds in steps) == 3 * len(BATCHES)
+
+
+def test_steps_of_ranks_are_learned_in_turns() -> None:
+    first, second, third = ([step(OFF, rank + 1, 0.1 * i) for i in (1, 2, 3)] for rank in range(3))
+    steps = list(in_turns([first, second[:1], third[:2]]))
+    assert steps == [first[0], second[0], third[0], first[1], third[1], first[2]]
+
+
+def test_report_s_scalars_are_named_by_strategy_and_bucket() -> None:
+    report = BanditReport(
+        num_decisions=8,
+        explore_share=0.25,
+        arm_shares={"off": 0.75, "4_2_8": 0.25},
+        best_arms={"2-4": BestArm(strategy=TREE, tokens_per_second=120.0)},
+    )
+    assert report_scalars(report) == {
+        "bandit/decisions": 8.0,
+        "bandit/explore_share": 0.25,
+        "bandit/arm_share_off": 0.75,
+        "bandit/arm_share_4_2_8": 0.25,
+        "bandit/tokens_per_s_batch_2-4": 120.0,
+        "bandit/best_verify_tokens_batch_2-4": 8.0,
+    }
+
+
+def test_engine_without_drafter_is_refused(tmp_path: Path) -> None:
+    callback = StrategyAdaptation(EpsilonGreedy(["4_2_8"]))
+    with pytest.raises(ValueError, match=r"4_2_8.*drafter_path is null; set drafter_path"):
+        trainer(tmp_path, callback).fit(TinyPolicy(), FakeRollouts(FakeEngine(None), 1))
+
+
+def test_run_without_datamodule_is_refused(tmp_path: Path) -> None:
+    def loader() -> Iterator[Tensor]:
+        yield torch.ones(1)
+
+    callback = StrategyAdaptation(EpsilonGreedy(["4_2_8"]))
+    with pytest.raises(ValueError, match="needs a datamodule with a rollout engine"):
+        trainer(tmp_path, callback).fit(TinyPolicy(), loader())
+
+
+def test_keep_outside_0_to_1_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"keep is a share, in \[0, 1\].*got 1.5"):
+        StrategyAdaptation(EpsilonGreedy(["4_2_8"]), keep=1.5)
