@@ -1,0 +1,90 @@
+"""From questions to token ids, through the model's own tokenizer and chat template.
+
+Over-long prompts are left out, counted and named; nothing is truncated.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fastrl.datamodules.prompts import Question
+from fastrl.types import Prompt
+
+_log = logging.getLogger(__name__)
+
+
+def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; ValueError if there is none, or it has no chat template."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load a tokenizer from {model_path!r}, expected a Hugging Face model folder or "
+            f"name: {error}"
+        ) from error
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {model_path!r} has no chat template, so a prompt cannot be built; "
+            f"use an instruct model, or put a chat_template.jinja into its folder"
+        )
+    return tokenizer
+
+
+def tokenize_questions(
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system_prompt: str | None,
+    max_prompt_tokens: int,
+    split: str,
+) -> list[Prompt]:
+    """Prompts that end where the response begins, those over `max_prompt_tokens` left out.
+
+    Raises ValueError, naming the `split`, if questions were given and none is left.
+    """
+    if not questions:
+        return []
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    token_lists = tokenizer.apply_chat_template(
+        [[*system, {"role": "user", "content": question.text}] for question in questions],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+    )
+    prompts = [
+        Prompt(
+            prompt_id=question.prompt_id,
+            tokens=tuple(tokens),
+            text=question.text,
+            answer=question.answer,
+            metadata=question.metadata,
+        )
+        for question, tokens in zip(questions, token_lists, strict=True)
+    ]
+    kept = [prompt for prompt in prompts if len(prompt.tokens) <= max_prompt_tokens]
+    _report_too_long(prompts, len(kept), max_prompt_tokens, split)
+    return kept
+
+
+def _report_too_long(
+    prompts: Sequence[Prompt], num_kept: int, max_prompt_tokens: int, split: str
+) -> None:
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    if num_kept == 0:
+        raise ValueError(
+            f"all {len(lengths)} {split} prompts are longer than {max_prompt_tokens} tokens (the "
+            f"shortest has {min(lengths)}); raise data.max_prompt_tokens, or, where the model's "
+            f"context is the limit, use shorter prompts or a model of longer context"
+        )
+    if num_kept < len(lengths):
+        _log.warning(
+            "left out %d of %d %s prompts, longer than %d tokens (the longest has %d)",
+            len(lengths) - num_kept,
+            len(lengths),
+            split,
+            max_prompt_tokens,
+            max(lengths),
+        )
