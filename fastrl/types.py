@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+# No slots: jsonargparse reads the fields of a default value from its __dict__.
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How a token is drawn from the policy's logits, and when a response ends."""
 
@@ -88,8 +89,8 @@ class DraftStrategy:
             raise ValueError(f"strategy depth and topk must be >= 1, got {self._numbers()}")
         if self.verify_tokens <= self.depth:
             raise ValueError(
-                f"strategy verify_tokens must be > depth, so that a full-depth chain and its root "
-                f"fit: got {self._numbers()}; use at least {self.depth}_{self.topk}_{self.depth + 1}"
+                f"strategy verify_tokens must be > depth, so that root and a full-depth chain fit: "
+                f"got {self._numbers()}; use at least {self.depth}_{self.topk}_{self.depth + 1}"
             )
         if self.verify_tokens > self.max_nodes:
             raise ValueError(

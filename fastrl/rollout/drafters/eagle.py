@@ -40,6 +40,8 @@ class EagleDrafter(nn.Module):
         super().__init__()
         config._attn_implementation = CACHED_ATTENTION
         self.config = config
+        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads or config.num_attention_heads
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=True)
         layer = LlamaDecoderLayer(config, layer_idx=0)
         layer.input_layernorm = nn.Identity()  # type: ignore[assignment]

@@ -69,11 +69,10 @@ class EagleDrafting:
         self._lengths = [0] * num_rows  # pairs cached, by row
 
     def _new_cache(self, num_rows: int) -> KVCache:
-        attention = self.drafter.layers[0].self_attn
         return KVCache(
             num_layers=1,
-            num_kv_heads=attention.k_proj.out_features // attention.head_dim,
-            head_dim=attention.head_dim,
+            num_kv_heads=self.drafter.num_kv_heads,
+            head_dim=self.drafter.head_dim,
             num_rows=num_rows,
             dtype=self._target.dtype,
             device=self._target.device,
@@ -137,17 +136,16 @@ class EagleDrafting:
         goals = [request.cached_length for request in rows.requests]
         while True:
             missing = [goal - self._lengths[row] for row, goal in enumerate(goals)]
-            width = min(max(missing), _CATCH_UP_PAIRS)
-            taken = [min(pairs, width) for pairs in missing]
+            width = min(max(1, *missing), _CATCH_UP_PAIRS)
+            # A row with nothing left repeats its last pair, so that its output is at hand again.
+            taken = [max(1, min(pairs, width)) for pairs in missing]
             last_BD = self._extend_live(rows, width, taken)
-            if width == max(missing):
+            if width >= max(missing):
                 return last_BD
 
     def _extend_live(self, rows: LiveRows, width: int, taken: list[int]) -> Tensor:
         """Cache the next `taken` pairs of each row, at most `width`; outputs at each row's last."""
         count = len(rows)
-        # A row with nothing left repeats its last pair, so that its output is at hand again.
-        taken = [max(pairs, 1) for pairs in taken]
         starts = [
             min(length, request.cached_length - 1)
             for length, request in zip(self._lengths, rows.requests, strict=False)

@@ -20,6 +20,7 @@ class StatisticsRecorder:
         self._steps: Counter[str] = Counter()
         self._row_steps = 0
         self._accepted_tokens = 0
+        self._deepest = 0
         self._offered: Counter[int] = Counter()
         self._accepted: Counter[int] = Counter()
 
@@ -30,6 +31,7 @@ class StatisticsRecorder:
         self._steps[str(strategy)] += 1
         if strategy.is_off:
             return
+        self._deepest = max(self._deepest, strategy.depth)
         self._row_steps += len(num_taken)
         self._accepted_tokens += sum(num_taken)
         for accepted in num_accepted:
@@ -43,7 +45,7 @@ class StatisticsRecorder:
 
     def result(self, seconds: float) -> EngineStats:
         """The sum, over a call of that many seconds."""
-        depths = range(len(self._offered))
+        depths = range(self._deepest)
         return EngineStats(
             num_rollouts=self._num_rollouts,
             num_tokens=self._num_tokens,

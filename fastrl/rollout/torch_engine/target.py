@@ -65,7 +65,7 @@ class TargetModel:
     @property
     def lm_head(self) -> nn.Module:
         """Hidden states to logits [*, V]."""
-        lm_head: nn.Module = self._model.get_output_embeddings()
+        lm_head: nn.Module = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return lm_head
 
     @property

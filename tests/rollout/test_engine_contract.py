@@ -1,0 +1,74 @@
+"""What every rollout engine keeps to; each engine joins by an entry in the fixture."""
+
+import pytest
+import torch
+
+from fastrl.rollout.engine import RolloutEngine
+from fastrl.types import FinishReason, SamplingParams
+from tests.rollout.tiny_models import EOS, make_prompts
+
+SAMPLING = SamplingParams(max_tokens=16)
+
+
+@pytest.fixture(params=["engine"])
+def any_engine(request) -> RolloutEngine:
+    """A started engine with a drafter and weights of version 0."""
+    return request.getfixturevalue(request.param)
+
+
+def test_it_is_a_rollout_engine(any_engine):
+    assert isinstance(any_engine, RolloutEngine)
+
+
+def test_rollouts_are_a_function_of_seed_step_prompt_and_sample(any_engine):
+    def tokens(**identity):
+        rollouts = any_engine.generate(make_prompts(3), SAMPLING, num_samples=2, **identity)
+        return [rollout.tokens for rollout in rollouts]
+
+    assert tokens(seed=1, rl_step=4) == tokens(seed=1, rl_step=4)
+    assert tokens(seed=1, rl_step=4) != tokens(seed=2, rl_step=4)
+    assert tokens(seed=1, rl_step=4) != tokens(seed=1, rl_step=5)
+    alone = any_engine.generate(make_prompts(3)[2:], SAMPLING, num_samples=2, seed=1, rl_step=4)
+    assert [rollout.tokens for rollout in alone] == tokens(seed=1, rl_step=4)[4:]
+
+
+def test_rollouts_carry_version_reason_and_log_probabilities(any_engine, target_model):
+    any_engine.load_policy(target_model.named_parameters(), version=5)
+    assert any_engine.policy_version == 5
+    for rollout in any_engine.generate(make_prompts(4), SAMPLING):
+        assert rollout.policy_version == 5
+        assert len(rollout.logprobs) == len(rollout.tokens) <= SAMPLING.max_tokens
+        assert all(logprob <= 0 for logprob in rollout.logprobs)
+        is_stopped = rollout.tokens[-1] == EOS
+        assert rollout.finish_reason == (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
+
+
+def test_log_probabilities_are_those_of_a_plain_forward(any_engine, target_model):
+    for rollout in any_engine.generate(make_prompts(4), SAMPLING, num_samples=2):
+        tokens = torch.tensor([(*rollout.prompt.tokens, *rollout.tokens)])
+        with torch.no_grad():
+            logits = target_model(tokens[:, :-1]).logits[0, len(rollout.prompt.tokens) - 1 :]
+        expected = logits.log_softmax(-1).gather(1, tokens[0, len(rollout.prompt.tokens) :, None])
+        torch.testing.assert_close(
+            torch.tensor(rollout.logprobs), expected.squeeze(1), atol=2e-5, rtol=0
+        )
+
+
+def test_stats_are_of_the_last_call(any_engine):
+    rollouts = any_engine.generate(make_prompts(2), SAMPLING, num_samples=3)
+    stats = any_engine.stats()
+    assert stats.num_rollouts == 6
+    assert stats.num_tokens == sum(len(rollout.tokens) for rollout in rollouts)
+    assert stats.seconds > 0
+
+
+def test_after_a_resume_the_weights_must_be_pushed_again(any_engine):
+    any_engine.load_state_dict(any_engine.state_dict())
+    assert any_engine.policy_version == -1
+
+
+def test_closing_twice_is_safe_and_ends_generation(any_engine):
+    any_engine.close()
+    any_engine.close()
+    with pytest.raises(ValueError, match="not started"):
+        any_engine.generate(make_prompts(1), SAMPLING)

@@ -1,0 +1,271 @@
+"""The embedded engine's behaviour: batching, ends of responses, weights, statistics, errors."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.torch_engine import TorchEngine
+from fastrl.types import FinishReason, Prompt, SamplingParams
+from tests.rollout.tiny_models import EOS, VOCAB_SIZE, make_drafter, make_prompts, make_target
+from tests.rollout.torch_engine.fakes import CyclingSelector
+
+LONG = SamplingParams(max_tokens=30, ignore_eos=True)
+
+
+def test_cost_follows_the_live_batch(engine):
+    """Rows leave at once when they end; waiting requests take their places."""
+    selector = CyclingSelector(["off"])
+    engine.strategy_selector = selector
+    rollouts = engine.generate(make_prompts(5), SamplingParams(max_tokens=30), num_samples=4)
+    row_steps = sum(stats.batch_size for stats in selector.recorded)
+    assert row_steps == sum(len(r.tokens) - 1 for r in rollouts)
+    sizes = [stats.batch_size for stats in selector.recorded]
+    assert max(sizes) == 6
+    full = sizes[: len(sizes) - sizes[::-1].index(6)]
+    assert set(full) == {6}  # never fewer while requests wait
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_group_s_prompt_is_prefilled_once(engine):
+    prompts = make_prompts(4)
+    engine.generate(prompts, LONG, num_samples=5)
+    assert engine.stats().num_prompt_tokens == sum(len(prompt.tokens) for prompt in prompts)
+
+
+def test_rollouts_come_prompt_major_with_their_origin(engine, target_model):
+    engine.load_policy(target_model.named_parameters(), version=12)
+    rollouts = engine.generate(make_prompts(3), SamplingParams(max_tokens=9), num_samples=2)
+    origins = [(r.prompt.prompt_id, r.sample_index) for r in rollouts]
+    assert origins == [(p, s) for p in range(3) for s in range(2)]
+    for rollout in rollouts:
+        assert rollout.policy_version == 12
+        assert len(rollout.logprobs) == len(rollout.tokens) == 1 + sum(rollout.accept_lengths)
+        words = " ".join(f"w{token}" for token in rollout.tokens if token not in (0, EOS))
+        assert rollout.text == words
+
+
+@pytest.mark.parametrize("strategy", ["off", "4_4_16"])
+def test_responses_end_as_the_sampling_parameters_say(engine, strategy):
+    engine.strategy_selector = FixedStrategy(strategy)
+    free = engine.generate(make_prompts(4), LONG, num_samples=3)
+    assert all(len(r.tokens) == 30 for r in free)
+    assert {r.finish_reason for r in free} == {FinishReason.LENGTH}
+
+    def first(tokens, is_end):
+        return next((n for n, token in enumerate(tokens, 1) if is_end(token)), 30)
+
+    stop_word = free[0].tokens[3]
+    cases = [
+        (SamplingParams(max_tokens=30), lambda token: token == EOS),
+        (SamplingParams(max_tokens=30, stop_token_ids=(7, 9)), lambda token: token in (EOS, 7, 9)),
+        (SamplingParams(max_tokens=30, stop=(f"w{stop_word}",)), None),
+    ]
+    for sampling, is_end in cases:
+        for rollout, whole in zip(
+            engine.generate(make_prompts(4), sampling, num_samples=3), free, strict=True
+        ):
+            if is_end is None:
+
+                def is_end_of_string(token):
+                    return token == EOS or f"w{token}".startswith(f"w{stop_word}")
+
+                expected = first(whole.tokens, is_end_of_string)
+            else:
+                expected = first(whole.tokens, is_end)
+            assert rollout.tokens == whole.tokens[:expected]
+            ended = expected < 30 or rollout.finish_reason == FinishReason.STOP
+            assert (rollout.finish_reason == FinishReason.STOP) == ended
+
+
+def test_a_stop_string_over_several_tokens_ends_at_its_last_token(engine):
+    engine.strategy_selector = FixedStrategy("3_3_10")
+    whole = engine.generate(make_prompts(1), LONG)[0]
+    stop = " ".join(f"w{token}" for token in whole.tokens[2:5])
+    sampling = dataclasses.replace(LONG, stop=(stop,))
+    rollout = engine.generate(make_prompts(1), sampling)[0]
+    assert rollout.tokens == whole.tokens[:5]
+    assert rollout.finish_reason == FinishReason.STOP
+
+
+@pytest.mark.parametrize("strategy", ["off", "6_2_20"])
+def test_a_response_stops_at_the_model_s_context(engine, strategy):
+    engine.strategy_selector = FixedStrategy(strategy)
+    prompt = dataclasses.replace(make_prompts(1)[0], tokens=(2,) * 120)
+    rollout = engine.generate([prompt], dataclasses.replace(LONG, max_tokens=100))[0]
+    assert len(rollout.tokens) == 8
+    assert rollout.finish_reason == FinishReason.LENGTH
+
+
+def test_weights_are_shared_not_copied(engine, target_model):
+    ours = dict(engine._started().target._model.named_parameters())
+    for name, parameter in target_model.named_parameters():
+        assert ours[name].data_ptr() == parameter.data_ptr()
+        assert parameter.requires_grad
+
+
+def test_an_optimizer_step_shows_in_the_next_rollouts(folders, tmp_path):
+    model = make_target(tmp_path, seed=3)
+    engine = TorchEngine(device="cpu")
+    engine.start(str(tmp_path))
+    engine.load_policy(model.named_parameters(), version=0)
+    before = engine.generate(make_prompts(2), LONG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    engine.load_policy(model.named_parameters(), version=1)
+    after = engine.generate(make_prompts(2), LONG)
+    assert [r.tokens for r in before] != [r.tokens for r in after]
+    fresh = TorchEngine(device="cpu")
+    fresh.start(str(tmp_path))
+    fresh.load_policy([(n, p.clone()) for n, p in model.named_parameters()], version=1)
+    assert [r.tokens for r in fresh.generate(make_prompts(2), LONG)] == [r.tokens for r in after]
+
+
+def test_the_published_drafter_is_a_copy(engine, target_model, tmp_path):
+    drafter = make_drafter(tmp_path, target_model, seed=5)
+    engine.load_drafter(drafter.named_weights(), version=3)
+    serving = engine._started().drafter
+    with torch.no_grad():
+        published = serving.fc.weight.clone()
+        drafter.fc.weight.add_(1.0)
+    assert torch.equal(serving.fc.weight, published)
+    assert engine.drafter_version == 3
+
+
+def test_statistics_add_up(engine):
+    selector = CyclingSelector(["3_3_10", "off"])
+    engine.strategy_selector = selector
+    rollouts = engine.generate(make_prompts(4), LONG, num_samples=2)
+    stats = engine.stats()
+    assert stats.num_rollouts == 8
+    assert stats.num_tokens == sum(len(r.tokens) for r in rollouts)
+    assert stats.num_steps == len(selector.recorded)
+    speculative = [s for s in selector.recorded if not s.strategy.is_off]
+    assert stats.steps_by_strategy == {
+        "3_3_10": len(speculative),
+        "off": len(selector.recorded) - len(speculative),
+    }
+    assert stats.row_steps == sum(s.batch_size for s in speculative)
+    assert stats.accepted_tokens == sum(s.num_tokens for s in speculative)
+    assert stats.accept_length == stats.accepted_tokens / stats.row_steps
+    assert stats.offered_by_depth[0] == stats.row_steps
+    for depth in range(2):
+        assert stats.offered_by_depth[depth + 1] == stats.accepted_by_depth[depth]
+    assert sum(r.num_verify_steps for r in rollouts) == stats.row_steps
+    assert 0 < stats.draft_seconds < stats.seconds
+
+
+def test_sleeping_frees_the_caches_and_changes_nothing(engine):
+    engine.strategy_selector = FixedStrategy("3_3_10")
+    before = engine.generate(make_prompts(2), LONG)
+    assert engine._started().cache.num_bytes > 0
+    engine.sleep()
+    assert engine._started().cache.num_bytes == 0
+    engine.wake()
+    assert [r.tokens for r in engine.generate(make_prompts(2), LONG)] == [r.tokens for r in before]
+
+
+def test_idle_time_is_handed_over_while_others_generate(engine):
+    polls = []
+    engine.others_generate = lambda: len(polls) < 3
+    stopped_after = []
+
+    def train(window):
+        while not window.should_stop():
+            polls.append("micro-step")
+        stopped_after.append(len(polls))
+
+    engine.on_idle = train
+    engine.generate(make_prompts(1), SamplingParams(max_tokens=3))
+    assert stopped_after == [3]
+    engine.generate(make_prompts(1), SamplingParams(max_tokens=3))
+    assert stopped_after == [3]  # nobody generates: no idle time
+
+
+def test_generation_can_go_on_after_an_interrupted_call(engine):
+    expected = engine.generate(make_prompts(2), LONG)
+
+    class Interrupting(CyclingSelector):
+        def record(self, stats):
+            super().record(stats)
+            if len(self.recorded) == 5:
+                raise KeyboardInterrupt
+
+    engine.strategy_selector = Interrupting(["3_3_10"])
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(make_prompts(3, seed=1), LONG, num_samples=2)
+    engine.strategy_selector = FixedStrategy("off")
+    assert [r.tokens for r in engine.generate(make_prompts(2), LONG)] == [
+        r.tokens for r in expected
+    ]
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+def test_a_missing_model_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no config.json; expected"):
+        TorchEngine(device="cpu").start(str(tmp_path / "nowhere"))
+
+
+def test_a_drafter_for_another_target_is_refused(tmp_path):
+    make_target(tmp_path / "target")
+    other = make_target(tmp_path / "other", hidden_size=64)
+    make_drafter(tmp_path / "drafter", other)
+    engine = TorchEngine(drafter_path=str(tmp_path / "drafter"), device="cpu")
+    with pytest.raises(ValueError, match="hidden_size 64, but the policy's is 32"):
+        engine.start(str(tmp_path / "target"))
+
+
+def test_generating_too_early_says_what_is_missing(folders):
+    engine = TorchEngine(device="cpu")
+    with pytest.raises(ValueError, match="call start"):
+        engine.generate(make_prompts(1), LONG)
+    engine.start(str(folders[0]))
+    with pytest.raises(ValueError, match="call load_policy"):
+        engine.generate(make_prompts(1), LONG)
+
+
+def test_speculation_without_a_drafter_is_refused(folders, target_model):
+    engine = TorchEngine(strategy="4_2_8", device="cpu")
+    engine.start(str(folders[0]))
+    engine.load_policy(target_model.named_parameters(), version=0)
+    with pytest.raises(
+        ValueError, match=r"4_2_8 needs a drafter, but engine\.drafter_path is null"
+    ):
+        engine.generate(make_prompts(1), LONG)
+
+
+def test_more_children_than_tokens_are_refused(engine):
+    engine.strategy_selector = FixedStrategy(f"2_{VOCAB_SIZE + 1}_9")
+    with pytest.raises(ValueError, match=r"topk 41 is larger than the vocabulary"):
+        engine.generate(make_prompts(1), LONG)
+
+
+@pytest.mark.parametrize("length", [0, 128, 500])
+def test_prompts_without_room_for_a_response_are_refused(engine, length):
+    prompt = Prompt(prompt_id=3, tokens=(2,) * length, text="", answer="")
+    with pytest.raises(ValueError, match=f"prompt 3 has {length} tokens"):
+        engine.generate([prompt], LONG)
+
+
+def test_missing_unknown_and_misshapen_weights_are_named(engine, target_model):
+    weights = dict(target_model.named_parameters())
+    renamed = dict(weights)
+    renamed["model.norm.wait"] = renamed.pop("model.norm.weight")
+    with pytest.raises(
+        ValueError, match=r"missing \['model.norm.weight'\], unknown \['model.norm.w"
+    ):
+        engine.load_policy(renamed.items(), version=1)
+    cut = weights | {"model.norm.weight": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"model.norm.weight \(3,\) instead of \(32,\)"):
+        engine.load_policy(cut.items(), version=1)
+
+
+def test_length_dependent_rotary_embeddings_are_refused(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    make_target(tmp_path, rope_parameters=rope)
+    with pytest.raises(ValueError, match="rope type 'dynamic'"):
+        TorchEngine(device="cpu").start(str(tmp_path))
