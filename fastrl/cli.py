@@ -7,28 +7,49 @@ belongs to every run (metrics, progress bar, summary) is added here and takes no
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import set_loader, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from fastrl.callbacks import RolloutMetrics, RolloutProgressBar, RunSummary
+from fastrl.config_loader import load_yaml
 from fastrl.datamodules import RolloutDataModule
 from fastrl.modules import PolicyModule
 
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _DEFAULT_SEED = 0
+_DEBUG_HINT = "(for the traceback, set JSONARGPARSE_DEBUG=1)"
 
 _TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
     "max_epochs": 1,
     # All of the validation before the first step, as the baseline that a run is measured against.
     "num_sanity_val_steps": -1,
-    # The datamodule shards its prompts itself.
+}
+_TRAINER_FIXED = {
+    # The datamodule shares its prompts out over the ranks itself.
     "use_distributed_sampler": False,
+    # The engine starts during validation, and its tensors must not be tied to inference mode.
+    "inference_mode": False,
+}
+_TRAINER_UNUSABLE = {
+    # The policy optimizes manually, and Trainer refuses these then; it has its own counterparts.
+    *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+    # Forbids callbacks and loggers.
+    "barebones",
+    # Of no effect, or wrong, for batches that are generated.
+    *("overfit_batches", "reload_dataloaders_every_n_epochs"),
+    # Only hold up early stopping, and min_steps in optimizer steps.
+    *("min_epochs", "min_steps"),
+    # Of no effect on a causal LM, without a cloud service, on modules that keep no hparams.
+    *("sync_batchnorm", "benchmark", "model_registry", "enable_autolog_hparams"),
 }
 
 
@@ -42,37 +63,60 @@ class FastRLCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
         super().__init__(
             model_class=PolicyModule,
             datamodule_class=RolloutDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults=_TRAINER_DEFAULTS,
             seed_everything_default=_DEFAULT_SEED,
             auto_configure_optimizers=False,
-            parser_kwargs={"description": "Reinforcement learning of reasoning LLMs."},
+            parser_kwargs={"prog": "fastrl", "description": "Reinforcement learning of LLMs."},
             args=args,
             run=run,
         )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As Lightning does, but without the Trainer options that cannot be used here."""
+        parser.add_class_arguments(
+            Trainer,
+            "trainer",
+            fail_untyped=False,
+            instantiate=False,
+            sub_configs=True,
+            skip={*_TRAINER_UNUSABLE, *_TRAINER_FIXED},
+        )
+        parser.set_defaults({f"trainer.{key}": v for key, v in _TRAINER_DEFAULTS.items()})
+        parser.add_lightning_class_args(PolicyModule, "model", subclass_mode=True)
+        parser.add_lightning_class_args(RolloutDataModule, "data", subclass_mode=True)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's; checkpoints hold plain values, so that `weights_only` has one answer."""
+        return {
+            name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()
+        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The engine, the prompts' tokenizer and the policy are of one model."""
         parser.link_arguments("model.init_args.model_path", "data.init_args.model_path")
 
     def instantiate_classes(self) -> None:
-        """A value that a class refuses is the user's: only the message, as for a wrong type."""
+        """A value that a class refuses is the user's mistake: its message says all there is."""
         try:
             super().instantiate_classes()
         except (ValueError, FileNotFoundError) as error:
-            self._parser(self.subcommand).error(str(error), error)
+            if "JSONARGPARSE_DEBUG" in os.environ:
+                raise
+            self.parser.exit(2, f"error: {_refusal(error)}\n{_DEBUG_HINT}\n")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with the callbacks of every run behind the configured ones."""
         config = self._get(self.config_init, "trainer")
         callbacks = _callbacks_of_every_run(config.callbacks or [], config.enable_progress_bar)
-        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
-        return super().instantiate_trainer(**kwargs)
+        self.trainer_defaults = {"callbacks": callbacks}
+        return super().instantiate_trainer(**_TRAINER_FIXED, **kwargs)
 
 
 def _callbacks_of_every_run(
@@ -82,6 +126,18 @@ def _callbacks_of_every_run(
     has_own_bar = any(isinstance(callback, ProgressBar) for callback in configured)
     shows_bar = enable_progress_bar is not False and not has_own_bar
     return [RolloutMetrics(), *([RolloutProgressBar()] if shows_bar else []), RunSummary()]
+
+
+def _refusal(error: BaseException) -> BaseException:
+    """The error that a class raised, out of those that jsonargparse wrapped around it."""
+    while error.__cause__ is not None and _raising_module(error).startswith("jsonargparse"):
+        error = error.__cause__
+    return error
+
+
+def _raising_module(error: BaseException) -> str:
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"])
 
 
 def main(args: ArgsType = None) -> None:

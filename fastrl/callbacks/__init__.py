@@ -1,7 +1,15 @@
 """Hooks into an RL run: drafter training, strategy adaptation, metrics, progress, summary."""
 
+from fastrl.callbacks.drafter_training import DrafterTraining
 from fastrl.callbacks.progress_bar import RolloutProgressBar
 from fastrl.callbacks.rollout_metrics import RolloutMetrics
 from fastrl.callbacks.run_summary import RunSummary
+from fastrl.callbacks.strategy_adaptation import StrategyAdaptation
 
-__all__ = ["RolloutMetrics", "RolloutProgressBar", "RunSummary"]
+__all__ = [
+    "DrafterTraining",
+    "RolloutMetrics",
+    "RolloutProgressBar",
+    "RunSummary",
+    "StrategyAdaptation",
+]
