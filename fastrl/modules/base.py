@@ -24,32 +24,21 @@ from transformers import PreTrainedModel
 
 from fastrl.modules.loading import check_model_folder, load_causal_lm
 from fastrl.modules.logprobs import response_logprobs
-from fastrl.modules.micro_batches import TrainingRows, split_micro_batches, split_mini_batches
-from fastrl.modules.objectives import Aggregation, KLEstimator, kl_estimate, token_weights
+from fastrl.modules.micro_batches import (
+    MiniBatch,
+    TrainingRows,
+    check_trainable,
+    split_micro_batches,
+    split_mini_batches,
+    training_rows,
+)
+from fastrl.modules.objectives import Aggregation, KLEstimator, LossInputs, kl_estimate
 from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count_rl_steps
 from fastrl.modules.update_metrics import UpdateMetrics
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
 
 PASS_REWARD = 1 - 1e-6
 """A response passes (pass@1) if its reward is at least this: full marks, up to rounding."""
-
-MiniBatch = list[list[int]]
-"""Micro-batches of one optimizer step, each a list of row numbers."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossInputs:
-    """What an algorithm's loss is made of: [B, T] float32 each, of the tokens of one micro-batch.
-
-    Positions outside the response hold 0 or leftovers; their weight is 0.
-    """
-
-    policy_logprobs_BT: Tensor
-    """Of the policy being trained; differentiable."""
-    old_logprobs_BT: Tensor
-    """Of the policy before the batch's first update; with a single one, the current, detached."""
-    advantages_BT: Tensor
-    response_mask_BT: Tensor  # bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +64,8 @@ class PolicyModule(LightningModule, ABC):
             over responses (sequence-mean), or their sum over responses * sampling.max_tokens
             (constant, Dr.GRPO).
         kl_coef: Weight of the KL divergence to the initial model in the loss; 0 loads no reference.
-        kl_estimator: k1, k2 or k3, see fastrl/modules/objectives.py.
+        kl_estimator: Of that KL: k3 is unbiased and never negative, k2's gradient is unbiased, k1 is
+            unbiased and takes k2's gradient.
         entropy_coef: Weight of the entropy bonus in the loss.
     """
 
@@ -88,10 +78,11 @@ class PolicyModule(LightningModule, ABC):
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008 (frozen)
         num_epochs: int = 1,
         num_mini_batches: int = 1,
-        micro_batch_tokens: int = 8192,
+        micro_batch_tokens: int = 4096,
         aggregation: Aggregation = "token-mean",
         kl_coef: float = 0.0,
-        kl_estimator: KLEstimator = "k3",
+        kl_estimator: Of that KL: k3 is unbiased and never negative, k2's gradient is unbiased, k1 is
+            unbiased and takes k2's gradient.
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__()
@@ -183,7 +174,7 @@ class PolicyModule(LightningModule, ABC):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> None:
         """One RL step: every epoch and mini-batch of a rollout batch."""
         started_s = time.perf_counter()
-        _check_trainable(batch, self.policy_version)
+        check_trainable(batch, self.policy_version)
         self._features = {}
         lengths = batch.attention_mask_BT.sum(1).tolist()
         mini_batches = [
@@ -206,29 +197,13 @@ class PolicyModule(LightningModule, ABC):
         self, batch: RolloutBatch, lengths: Sequence[int], mini_batches: Sequence[MiniBatch]
     ) -> TrainingRows:
         """Everything about the batch that the updates will not change."""
-        mask_BT = batch.response_mask_BT
-        advantages = self.advantages(batch).to(mask_BT.device)
+        advantages = self.advantages(batch)
         if not advantages.isfinite().all():
             raise FloatingPointError(
                 f"RL step {self.rl_step}: advantages are not finite; rewards range from "
                 f"{batch.rewards_B.min():g} to {batch.rewards_B.max():g}. Check the reward function"
             )
-        if advantages.ndim == 1:
-            advantages = advantages.unsqueeze(1).expand_as(mask_BT)
-        weights_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
-        for mini_batch in mini_batches:
-            members = sorted(row for rows in mini_batch for row in rows)
-            weights_BT[members] = token_weights(
-                mask_BT[members], self.aggregation, max_tokens=batch.sampling.max_tokens
-            )
-        rows = TrainingRows(
-            tokens_BT=batch.tokens_BT,
-            response_mask_BT=mask_BT,
-            lengths=tuple(lengths),
-            weights_BT=weights_BT,
-            advantages_BT=advantages,
-            rollout_logprobs_BT=batch.rollout_logprobs_BT,
-        )
+        rows = training_rows(batch, lengths, mini_batches, advantages, self.aggregation)
         micro_batches = [micro for mini_batch in mini_batches for micro in mini_batch]
         old = reference = None
         if self.updates_per_step > 1:
@@ -420,27 +395,3 @@ def _forward(
         has_entropy_gradient=has_entropy_gradient,
     )
     return logprobs_BT, entropy_BT, hidden_BTD
-
-
-def _check_trainable(batch: RolloutBatch, policy_version: int) -> None:
-    """Raise ValueError unless the batch is on-policy, sampled (not greedy), right-padded."""
-    versions = batch.policy_version_B.unique().tolist()  # type: ignore[no-untyped-call]
-    if versions != [policy_version]:
-        raise ValueError(
-            f"rollouts must come from the current policy (lag 0): it is version {policy_version}, "
-            f"they were sampled by {versions}; publish the policy to the engine before generating "
-            f"(engine.load_policy), and give the loader a length, or Lightning fetches a batch "
-            f"ahead"
-        )
-    if batch.sampling.temperature == 0:
-        raise ValueError(
-            "sampling.temperature must be > 0 to train, got 0: greedy rollouts have no gradient; "
-            "set data.sampling.temperature, 1 for instance"
-        )
-    mask_BT = batch.attention_mask_BT
-    is_right_padded = not (mask_BT[:, 1:] & ~mask_BT[:, :-1]).any()
-    if not is_right_padded or batch.response_mask_BT[:, 0].any():
-        raise ValueError(
-            "every row must be a prompt of at least one token, its response, then padding on the "
-            "right; got padding before a token, or a response without a prompt"
-        )

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from fastrl.modules.advantages import group_normalized_advantages
-from fastrl.modules.base import LossInputs, PolicyModule
-from fastrl.modules.objectives import clipped_objective
+from fastrl.modules.base import PolicyModule
+from fastrl.modules.objectives import LossInputs, clipped_objective
 from fastrl.types import RolloutBatch
 
 

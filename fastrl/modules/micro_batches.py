@@ -1,4 +1,4 @@
-"""The rows an RL step trains on, split into mini-batches and token-budgeted micro-batches.
+"""The rows an RL step trains on: checked, weighted, split into mini-batches and micro-batches.
 
 A mini-batch is one optimizer step; a micro-batch is one forward and backward of it. Both splits
 depend on the rows' order and lengths alone. Shape legend: fastrl/types.py.
@@ -12,6 +12,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from fastrl.modules.objectives import Aggregation, token_weights
+from fastrl.types import RolloutBatch
+
+MiniBatch = list[list[int]]
+"""Micro-batches of one optimizer step, each a list of row numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +56,41 @@ class TrainingRows:
         )
 
 
+def training_rows(
+    batch: RolloutBatch,
+    lengths: Sequence[int],
+    mini_batches: Sequence[MiniBatch],
+    advantages: Tensor,
+    aggregation: Aggregation,
+) -> TrainingRows:
+    """Rows of a rollout batch, each token weighted as its mini-batch's loss wants it.
+
+    Args:
+        batch: B rollouts.
+        lengths: tokens of each row.
+        mini_batches: which rows make an optimizer step.
+        advantages: of each row, [B], or of each token, [B, T].
+        aggregation: of token losses.
+    """
+    mask_BT = batch.response_mask_BT
+    if advantages.ndim == 1:
+        advantages = advantages.unsqueeze(1).expand_as(mask_BT)
+    weights_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+    for mini_batch in mini_batches:
+        members = [row for micro_batch in mini_batch for row in micro_batch]
+        weights_BT[members] = token_weights(
+            mask_BT[members], aggregation, max_tokens=batch.sampling.max_tokens
+        )
+    return TrainingRows(
+        tokens_BT=batch.tokens_BT,
+        response_mask_BT=mask_BT,
+        lengths=tuple(lengths),
+        weights_BT=weights_BT,
+        advantages_BT=advantages,
+        rollout_logprobs_BT=batch.rollout_logprobs_BT,
+    )
+
+
 def split_mini_batches(num_rows: int, num_mini_batches: int) -> list[range]:
     """Consecutive runs of rows, their sizes at most one apart (groups stay together if they can).
 
@@ -84,3 +125,27 @@ def split_micro_batches(
                 continue
         micro_batches.append([row])
     return micro_batches
+
+
+def check_trainable(batch: RolloutBatch, policy_version: int) -> None:
+    """Raise ValueError unless the batch is on-policy, sampled (not greedy), right-padded."""
+    versions = batch.policy_version_B.unique().tolist()  # type: ignore[no-untyped-call]
+    if versions != [policy_version]:
+        raise ValueError(
+            f"rollouts must come from the current policy (lag 0): it is version {policy_version}, "
+            f"they were sampled by {versions}; publish the policy to the engine before generating "
+            f"(engine.load_policy), and give the loader a length, or Lightning fetches a batch "
+            f"ahead"
+        )
+    if batch.sampling.temperature == 0:
+        raise ValueError(
+            "sampling.temperature must be > 0 to train, got 0: greedy rollouts have no gradient; "
+            "set data.sampling.temperature, 1 for instance"
+        )
+    mask_BT = batch.attention_mask_BT
+    is_right_padded = not (mask_BT[:, 1:] & ~mask_BT[:, :-1]).any()
+    if not is_right_padded or batch.response_mask_BT[:, 0].any():
+        raise ValueError(
+            "every row must be a prompt of at least one token, its response, then padding on the "
+            "right; got padding before a token, or a response without a prompt"
+        )

@@ -12,6 +12,7 @@ constant denominator (Dr.GRPO, arXiv 2503.20783).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +20,21 @@ from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token-mean", "sequence-mean", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossInputs:
+    """What an algorithm's loss is made of: [B, T] float32 each, of the tokens of one micro-batch.
+
+    Positions outside the response hold 0 or leftovers; their weight is 0.
+    """
+
+    policy_logprobs_BT: Tensor
+    """Of the policy being trained; differentiable."""
+    old_logprobs_BT: Tensor
+    """Of the policy before the batch's first update; with a single one, the current, detached."""
+    advantages_BT: Tensor
+    response_mask_BT: Tensor  # bool
 
 
 def clipped_objective(

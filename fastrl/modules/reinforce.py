@@ -11,7 +11,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastrl.modules.advantages import batch_mean_advantages, leave_one_out_advantages
-from fastrl.modules.base import LossInputs, PolicyModule
+from fastrl.modules.base import PolicyModule
+from fastrl.modules.objectives import LossInputs
 from fastrl.types import RolloutBatch
 
 

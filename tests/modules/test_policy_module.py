@@ -266,3 +266,14 @@ def test_counts_below_one_are_an_error(model_folder: str, option: str) -> None:
 def test_a_missing_model_folder_is_an_error_at_construction(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         GRPO(str(tmp_path / "nowhere"))
+
+
+def test_mixed_precision_sees_the_weights_of_each_update(
+    model_folder: str, ragged_batch: RaggedBatch, fit: Fit
+) -> None:
+    # A cache of bfloat16 weights that outlived an update would leave the ratios at 1.
+    module = GRPO(model_folder, num_epochs=3, optimizer=FAST)
+    logged = fit(module, [ragged_batch(0)], precision="bf16-mixed").logged_metrics
+    exact = fit(GRPO(model_folder, num_epochs=3, optimizer=FAST), [ragged_batch(0)]).logged_metrics
+    for name in ("policy/ratio_max", "policy/clip_fraction", "policy/grad_norm"):
+        assert logged[name].item() == pytest.approx(exact[name].item(), rel=0.1)
