@@ -64,8 +64,8 @@ class PolicyModule(LightningModule, ABC):
             over responses (sequence-mean), or their sum over responses * sampling.max_tokens
             (constant, Dr.GRPO).
         kl_coef: Weight of the KL divergence to the initial model in the loss; 0 loads no reference.
-        kl_estimator: Of that KL: k3 is unbiased and never negative, k2's gradient is unbiased, k1 is
-            unbiased and takes k2's gradient.
+        kl_estimator: Of that KL: k3 is unbiased and never negative, k2 has an unbiased gradient,
+            k1 is unbiased and takes k2's gradient.
         entropy_coef: Weight of the entropy bonus in the loss.
     """
 
@@ -81,8 +81,7 @@ class PolicyModule(LightningModule, ABC):
         micro_batch_tokens: int = 4096,
         aggregation: Aggregation = "token-mean",
         kl_coef: float = 0.0,
-        kl_estimator: Of that KL: k3 is unbiased and never negative, k2's gradient is unbiased, k1 is
-            unbiased and takes k2's gradient.
+        kl_estimator: KLEstimator = "k3",
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__()
