@@ -19,9 +19,11 @@ What differs, and why:
   sometimes 8 has median 1). Per row, because the number of rows varies within a bucket: a whole
   step's tokens per second would favour the arm tried at the larger batch. At equal batch size both
   orders are the same.
-- The mean accept length of a bucket is drawn towards the arm's mean over all buckets with the
-  weight of a few rows: few steps then suffice to judge an arm in a new bucket.
+- The mean accept length of a bucket is drawn towards the arm's recent mean over all buckets with
+  the weight of a few rows: few steps then suffice to judge an arm in a new bucket, and a better
+  drafter shows in all of them.
 - `discount` forgets acceptance, which a new policy or drafter makes stale, not step times.
+- Random choices favour fast arms (EpsilonGreedy says how), so that a useless drafter costs little.
 - UCB1 takes rates in units of the best arm's (next to raw tokens per second its bonus would vanish)
   and discounts its counts (Kocsis and Szepesvari, 2006), so that it notices a new best arm.
 - Random choices come from a seeded generator of the bandit's own, kept in its state.
@@ -59,7 +61,7 @@ class FixedStrategy:
     """Always the same strategy.
 
     Args:
-        strategy: Draft tree as depth_topk_verifytokens, quoted in YAML ('8_4_48'), or 'off'.
+        strategy: Draft tree as depth_topk_verifytokens ('8_4_48'), or 'off'.
     """
 
     def __init__(self, strategy: str = "off") -> None:
@@ -76,9 +78,13 @@ class FixedStrategy:
 class EpsilonGreedy(Bandit):
     """`eg`: the best arm of the bucket, and with probability epsilon any of its arms.
 
+    Random choices weigh arms by the square of their rates r, the best one's being 1: however slow
+    an arm is, exploring stays cheap. For a token the best arm takes 1 and an arm 1 / r, so a random
+    choice adds sum r (1 - r) / sum r^2, at most a quarter for each arm that is not the best.
+
     Args:
         strategies: Draft trees to choose among besides 'off', which is always an arm: a list of
-            depth_topk_verifytokens, quoted in YAML ('8_4_48').
+            depth_topk_verifytokens ('8_4_48').
         batch_thresholds: Smallest live batch of each bucket, ascending from 1; every bucket learns
             its own best arm.
         epsilon: Share of decisions made at random, to notice that another arm has become the best.
@@ -104,9 +110,11 @@ class EpsilonGreedy(Bandit):
         self.epsilon = epsilon
 
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
+        rates = self._rates(bucket, candidates)
         if self._rng.random() < self.epsilon:
-            return self._rng.choice(candidates), True
-        return self._best(bucket, candidates), False
+            (arm,) = self._rng.choices(candidates, [rate * rate for rate in rates])
+            return arm, True
+        return candidates[rates.index(max(rates))], False
 
 
 class BucketedEpsilonGreedy(EpsilonGreedy):
@@ -114,7 +122,7 @@ class BucketedEpsilonGreedy(EpsilonGreedy):
 
     Args:
         strategies: Draft trees to choose among besides 'off', which is always an arm: a list of
-            depth_topk_verifytokens, quoted in YAML ('8_4_48').
+            depth_topk_verifytokens ('8_4_48').
         batch_thresholds: Smallest live batch of each bucket, ascending from 1; every bucket learns
             its own best arm.
         max_batch_sizes: Largest live batch at which trees of so many verify_tokens are tried, as a
@@ -159,7 +167,7 @@ class UCB1(Bandit):
 
     Args:
         strategies: Draft trees to choose among besides 'off', which is always an arm: a list of
-            depth_topk_verifytokens, quoted in YAML ('8_4_48').
+            depth_topk_verifytokens ('8_4_48').
         batch_thresholds: Smallest live batch of each bucket, ascending from 1; every bucket learns
             its own best arm.
         exploration: Weight of the confidence bonus, in units of the best arm's rate.
@@ -200,17 +208,14 @@ class UCB1(Bandit):
         self._counts = [[count * keep for count in counts] for counts in self._counts]
 
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
-        rates = {arm: self._rate(bucket, arm) for arm in candidates}
-        best = max(candidates, key=rates.__getitem__)
-        counts = self._counts[bucket]
-        scale = 2 * math.log(max(sum(counts), 1.0))
-
-        def bound(arm: int) -> float:
-            count = max(counts[arm], _LEAST_COUNT)
-            return rates[arm] / rates[best] + self.exploration * math.sqrt(scale / count)
-
-        chosen = max(candidates, key=bound)
-        return chosen, chosen != best
+        rates, counts = self._rates(bucket, candidates), self._counts[bucket]
+        highest, scale = max(rates), 2 * math.log(max(sum(counts), 1.0))
+        bounds = [
+            rate / highest + self.exploration * math.sqrt(scale / max(counts[arm], _LEAST_COUNT))
+            for arm, rate in zip(candidates, rates, strict=True)
+        ]
+        chosen = bounds.index(max(bounds))
+        return candidates[chosen], chosen != rates.index(highest)
 
     def state_dict(self) -> dict[str, Any]:
         """All that further decisions depend on."""
@@ -227,7 +232,7 @@ class Predefined(Bandit):
 
     Args:
         schedule: Smallest live batch -> strategy, from batch 1 on, such as {1: '8_4_48', 5:
-            '8_4_16', 33: 'off'}; each holds up to the next one's batch. Quote strategies in YAML.
+            '8_4_16', 33: 'off'}; each holds up to the next one's batch.
         window_size: Newest steps, of each arm in each bucket, that reports look at.
     """
 

@@ -52,14 +52,23 @@ class BanditReport:
 
 
 class _Window:
-    """The last steps of one arm in one bucket; constant or logarithmic time a step."""
+    """The last steps of one arm in one bucket; logarithmic time a step, constant time a look."""
 
-    __slots__ = ("num_current", "rows", "size", "sorted_seconds", "steps", "tokens")
+    __slots__ = (
+        "median_seconds",
+        "num_current",
+        "rows",
+        "size",
+        "sorted_seconds",
+        "steps",
+        "tokens",
+    )
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.steps: deque[tuple[int, int, float]] = deque()  # tokens, rows, seconds
         self.sorted_seconds: list[float] = []
+        self.median_seconds = 0.0
         self.num_current = 0  # newest steps whose acceptance still counts
         self.tokens = 0  # sums over those
         self.rows = 0
@@ -69,6 +78,8 @@ class _Window:
             self._drop_oldest()
         self.steps.append((tokens, rows, seconds))
         insort(self.sorted_seconds, seconds)
+        middle = len(self.sorted_seconds) // 2
+        self.median_seconds = (self.sorted_seconds[middle] + self.sorted_seconds[~middle]) / 2
         self.num_current += 1
         self.tokens += tokens
         self.rows += rows
@@ -81,12 +92,10 @@ class _Window:
         *_, seconds = self.steps.popleft()
         del self.sorted_seconds[bisect_left(self.sorted_seconds, seconds)]
 
-    @property
-    def median_seconds(self) -> float:
-        middle, is_odd = divmod(len(self.sorted_seconds), 2)
-        if is_odd:
-            return self.sorted_seconds[middle]
-        return (self.sorted_seconds[middle - 1] + self.sorted_seconds[middle]) / 2
+    def rate(self, mean_accept_length: float) -> float:
+        """Expected tokens per second and row, accept lengths drawn towards the mean given."""
+        tokens = self.tokens + _PRIOR_ROWS * mean_accept_length
+        return tokens / ((self.rows + _PRIOR_ROWS) * self.median_seconds)
 
     @property
     def median_tokens_per_second(self) -> float:
@@ -125,14 +134,16 @@ class Bandit(ABC):
         self.window_size = window_size
         self.min_tries = min_tries
         self.seed = seed
+        self._num_first_tries = max(min_tries, 1)
         self.journal: list[StepStats] | None = None
         """Steps recorded since their owner last took them; None keeps no journal."""
         self._max_batch: list[float] = [_node_limited_batch(arm) for arm in self.arms]
         self._arm_index = {arm: index for index, arm in enumerate(self.arms)}
         self._rng = random.Random(seed)
         self._windows = [[_Window(window_size) for _ in self.arms] for _ in self.batch_thresholds]
-        self._pooled_tokens = [0] * len(self.arms)  # sums over the buckets' windows
-        self._pooled_rows = [0] * len(self.arms)
+        self._mean_accept = [1.0] * len(self.arms)  # over all buckets, older steps fading
+        self._mean_weight = [0.0] * len(self.arms)  # rows behind it, faded alike
+        self._untried = [set(range(len(self.arms))) for _ in self.batch_thresholds]
         self._num_selected = [[0] * len(self.arms) for _ in self.batch_thresholds]
         self.start_period()
 
@@ -153,10 +164,10 @@ class Bandit(ABC):
         candidates = [i for i, limit in enumerate(self._max_batch) if batch_size <= limit]
         if len(candidates) == 1:
             return candidates[0], False
-        windows, num_needed = self._windows[bucket], max(self.min_tries, 1)
-        untried = [i for i in candidates if len(windows[i].steps) < num_needed]
-        if untried:  # in turns: arms meet the same batch sizes even while the batch shrinks
-            return min(untried, key=self._num_selected[bucket].__getitem__), True
+        if untried := self._untried[bucket].intersection(candidates):
+            # In turns, so that arms meet the same batch sizes even while the batch shrinks.
+            num_selected = self._num_selected[bucket]
+            return min(untried, key=lambda arm: (num_selected[arm], arm)), True
         return self._choose(bucket, candidates)
 
     def record(self, stats: StepStats) -> None:
@@ -176,42 +187,34 @@ class Bandit(ABC):
 
     def _observe(self, bucket: int, arm: int, tokens: int, rows: int, seconds: float) -> None:
         window = self._windows[bucket][arm]
-        tokens_before, rows_before = window.tokens, window.rows
         window.append(tokens, rows, seconds)
-        self._pooled_tokens[arm] += window.tokens - tokens_before
-        self._pooled_rows[arm] += window.rows - rows_before
+        weight = (1 - 1 / self.window_size) * self._mean_weight[arm] + rows
+        self._mean_accept[arm] += (tokens - rows * self._mean_accept[arm]) / weight
+        self._mean_weight[arm] = weight
+        if len(window.steps) >= self._num_first_tries:
+            self._untried[bucket].discard(arm)
 
     def _bucket(self, batch_size: int) -> int:
         return bisect_right(self.batch_thresholds, batch_size) - 1
 
-    def _rate(self, bucket: int, arm: int) -> float:
-        """Expected tokens per second and row."""
-        window = self._windows[bucket][arm]
-        pooled = self._pooled_tokens[arm] / self._pooled_rows[arm]
-        accepted = (window.tokens + _PRIOR_ROWS * pooled) / (window.rows + _PRIOR_ROWS)
-        return accepted / window.median_seconds
-
-    def _best(self, bucket: int, candidates: Sequence[int]) -> int:
-        """Candidate of the highest rate; the first one (`off` before trees) if several are."""
-        return max(candidates, key=lambda arm: self._rate(bucket, arm))
+    def _rates(self, bucket: int, arms: Sequence[int]) -> list[float]:
+        """Expected tokens per second and row, of arms with steps in the bucket."""
+        windows, mean_accept = self._windows[bucket], self._mean_accept
+        return [windows[arm].rate(mean_accept[arm]) for arm in arms]
 
     def discount(self, keep: float) -> None:
         """Forget acceptance of older steps, after the policy or the drafter changed.
 
-        In each window the newest share `keep` goes on counting, one step at least. Step times
-        stay, since they depend on shapes alone.
+        In each window the newest share `keep` goes on counting, rounded down; without any, the
+        arm's mean over all buckets stands in, whose older steps lose weight alike. Step times stay,
+        since they depend on shapes alone.
         """
         if not 0 <= keep <= 1:
             raise ValueError(f"bandit: keep must be in [0, 1] (1 forgets nothing), got {keep}")
         for arm_windows in self._windows:
             for window in arm_windows:
-                if window.steps:
-                    window.keep_acceptance(max(1, math.ceil(keep * window.num_current)))
-        self._pool()
-
-    def _pool(self) -> None:
-        self._pooled_tokens = [sum(w.tokens for w in ws) for ws in zip(*self._windows, strict=True)]
-        self._pooled_rows = [sum(w.rows for w in ws) for ws in zip(*self._windows, strict=True)]
+                window.keep_acceptance(int(keep * window.num_current))
+        self._mean_weight = [keep * weight for weight in self._mean_weight]
 
     def reseed(self, step: int) -> None:
         """Draw further random choices from (seed, step), so that ranks draw alike."""
@@ -234,7 +237,8 @@ class Bandit(ABC):
         best_arms = {}
         for bucket, windows in enumerate(self._windows):
             if known := [arm for arm, window in enumerate(windows) if window.steps]:
-                best = self._best(bucket, known)
+                rates = self._rates(bucket, known)
+                best = known[rates.index(max(rates))]
                 best_arms[self._bucket_name(bucket)] = BestArm(
                     strategy=self.arms[best],
                     tokens_per_second=windows[best].median_tokens_per_second,
@@ -263,6 +267,8 @@ class Bandit(ABC):
                 [{"steps": list(w.steps), "num_current": w.num_current} for w in arm_windows]
                 for arm_windows in self._windows
             ],
+            "mean_accept": list(self._mean_accept),
+            "mean_weight": list(self._mean_weight),
             "num_selected": [list(counts) for counts in self._num_selected],
             "period": {"by_arm": list(self._period_by_arm), "explored": self._period_explored},
             "rng": self._rng.getstate(),
@@ -280,7 +286,12 @@ class Bandit(ABC):
         for windows, saved_windows in zip(self._windows, state["windows"], strict=True):
             for arm, saved in enumerate(saved_windows):
                 windows[arm] = self._restored_window(saved)
-        self._pool()
+        self._mean_accept = list(state["mean_accept"])
+        self._mean_weight = list(state["mean_weight"])
+        self._untried = [
+            {arm for arm, window in enumerate(windows) if len(window.steps) < self._num_first_tries}
+            for windows in self._windows
+        ]
         self._num_selected = [list(counts) for counts in state["num_selected"]]
         self._period_by_arm = list(state["period"]["by_arm"])
         self._period_explored = state["period"]["explored"]

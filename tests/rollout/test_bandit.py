@@ -142,7 +142,7 @@ def test_finds_the_new_best_arm_after_a_change_of_acceptance(make: Callable[[], 
         play(bandit, engine, SHRINKING)
         bandit.discount(0.5)
     engine.chances = good_drafter().chances
-    for _ in range(15):
+    for _ in range(20):
         play(bandit, engine, SHRINKING)
         bandit.discount(0.5)
     played = play(bandit, engine, SHRINKING * 5)
@@ -169,7 +169,7 @@ def test_useless_drafter_ends_in_plain_decoding_at_small_cost(make: Callable[[],
     num_off = sum(n for key, n in played.items() if key.endswith(":off"))
     assert num_off / played.total() > 0.94
     off_only = Counter({f"{batch}:off": n * 20 for batch, n in Counter(SHRINKING).items()})
-    assert expected_seconds(engine, played) < 1.06 * expected_seconds(engine, off_only)
+    assert expected_seconds(engine, played) < 1.025 * expected_seconds(engine, off_only)
 
 
 @every_learner
@@ -233,15 +233,27 @@ def test_first_tries_are_not_repeated_after_a_discount() -> None:
     assert {bandit.select(1, 10) for _ in range(5)} == {best}
 
 
-def test_exploration_share_is_epsilon_spread_over_all_arms() -> None:
+def test_random_choices_are_epsilon_of_all_and_weigh_arms_by_squared_rates() -> None:
     bandit = EpsilonGreedy(STRATEGIES, epsilon=0.3, min_tries=1)
     engine = good_drafter()
     play(bandit, engine, [1] * 3)
     bandit.start_period()
     played = play(bandit, engine, [1] * 6000)
+    squares = {strategy: engine.rate(strategy, 1) ** 2 for strategy in (OFF, WIDE, NARROW)}
     assert bandit.report().explore_share == pytest.approx(0.3, abs=0.03)
-    assert share(played, 1, OFF) == pytest.approx(0.1, abs=0.02)
-    assert share(played, 1, NARROW) == pytest.approx(0.1, abs=0.02)
+    for strategy in (OFF, NARROW):
+        expected = 0.3 * squares[strategy] / sum(squares.values())
+        assert share(played, 1, strategy) == pytest.approx(expected, abs=0.02)
+
+
+def test_a_random_choice_costs_at_most_a_quarter_step_for_each_arm_that_is_not_the_best() -> None:
+    """At 42 rows the wide tree takes ten times as long: uniform choices would cost 3.5 steps."""
+    bandit, engine = EpsilonGreedy(STRATEGIES, epsilon=1.0), SimulatedEngine({})
+    play(bandit, engine, [42] * 9)
+    played = play(bandit, engine, [42] * 5000)
+    off_only = Counter({"42:off": 5000})
+    cost = expected_seconds(engine, played) / expected_seconds(engine, off_only) - 1
+    assert 0.1 < cost < 2 * 0.25
 
 
 def test_beg_lets_a_group_of_trees_serve_its_bucket_and_all_smaller_batches() -> None:
