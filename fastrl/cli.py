@@ -25,7 +25,7 @@ from fastrl.modules import PolicyModule
 
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _DEFAULT_SEED = 0
-_DEBUG_HINT = "(for the traceback, set JSONARGPARSE_DEBUG=1)"
+_DEBUG_HINT = "(for the traceback, set JSONARGPARSE_DEBUG=true)"
 
 _TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
@@ -72,7 +72,11 @@ class FastRLCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=_DEFAULT_SEED,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "fastrl", "description": "Reinforcement learning of LLMs."},
+            parser_kwargs={
+                "prog": "fastrl",
+                "description": "Reinforcement learning of LLMs.",
+                "allow_abbrev": False,
+            },
             args=args,
             run=run,
         )
@@ -107,7 +111,7 @@ class FastRLCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, FileNotFoundError) as error:
-            if "JSONARGPARSE_DEBUG" in os.environ:
+            if os.environ.get("JSONARGPARSE_DEBUG") == "true":
                 raise
             self.parser.exit(2, f"error: {_refusal(error)}\n{_DEBUG_HINT}\n")
 

@@ -12,11 +12,12 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich import get_console
-from rich.progress import ProgressColumn
+from rich.progress import BarColumn, ProgressColumn
 
 from fastrl.types import PolicySource
 
 _REFRESH_PER_SECOND = 10
+_BAR_WIDTH = 8
 
 
 class RolloutProgressBar(RichProgressBar):
@@ -48,20 +49,23 @@ class RolloutProgressBar(RichProgressBar):
         return self.validation_description
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "RL steps"
+        return "RL step"
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
-        """Lightning's, without its iterations a second: RL steps take seconds to minutes."""
-        columns: list[ProgressColumn] = super().configure_columns(trainer)
-        return columns[:-1]
+        """Lightning's without iterations a second, and a bar that leaves room for the values."""
+        columns: list[ProgressColumn] = super().configure_columns(trainer)[:-1]
+        for column in columns:
+            if isinstance(column, BarColumn):
+                column.bar_width = _BAR_WIDTH
+        return columns
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """The logged values, without the run's version number."""
+        """The logged values as text, without the run's version number."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics
+        return {name: _short(value) for name, value in metrics.items()}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.train_progress_bar_id is None:
@@ -81,8 +85,12 @@ class RolloutProgressBar(RichProgressBar):
             print(self._line(trainer, pl_module, rl_step), flush=True)
 
     def _line(self, trainer: Trainer, pl_module: LightningModule, rl_step: int) -> str:
-        values = (
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in self.get_metrics(trainer, pl_module).items()
-        )
-        return "  ".join((f"RL step {rl_step}/{self.total_train_batches:g}", *values))
+        values = self.get_metrics(trainer, pl_module).items()
+        progress = f"RL step {rl_step}/{self.total_train_batches:g}"
+        return "  ".join((progress, *(f"{name} {value}" for name, value in values)))
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"

@@ -1,0 +1,123 @@
+"""What each scalar counts, by hand; that it is logged at its RL step; what a step's time is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from fastrl.callbacks.rollout_metrics import (
+    RolloutMetrics,
+    acceptance_scalars,
+    bar_values,
+    rollout_scalars,
+)
+from fastrl.callbacks.step_clock import StepClock
+from fastrl.types import EngineStats
+from tests.fake_run import FakePolicy, FakeRollouts, make_batch
+
+STATS = EngineStats(
+    num_tokens=60,
+    num_steps=20,
+    seconds=4.0,
+    prefill_seconds=1.0,
+    draft_seconds=0.5,
+    steps_by_strategy={"off": 5, "2_1_3": 9, "4_2_8": 6},
+    row_steps=25,
+    accepted_tokens=40,
+    offered_by_depth=(25, 10, 0),
+    accepted_by_depth=(10, 5, 0),
+)
+
+
+def test_rollout_scalars_match_hand_worked_figures() -> None:
+    batch = make_batch(
+        STATS,
+        lengths=(4, 1, 7, 2),
+        rewards=(1, 0, 0, 1),
+        truncated=(False, False, True, False),
+        failures=(None, "timeout", None, None),
+    )
+    assert rollout_scalars(batch) == {
+        "rollout/num_tokens": 60,
+        "rollout/tokens_per_s": 15,
+        "rollout/response_length_mean": 3.5,
+        "rollout/response_length_max": 7,
+        "rollout/truncated_share": 0.25,
+        "rollout/accept_length": 1.6,
+        "rollout/spec_steps_share": 0.75,
+        "rollout/prefill_share": 0.25,
+        "rollout/draft_share": 0.125,
+        "reward/failures": 1,
+    }
+
+
+def test_acceptance_is_a_share_of_what_was_offered_at_each_depth() -> None:
+    assert acceptance_scalars(STATS) == {
+        "drafter/acceptance_rate": pytest.approx(15 / 35),
+        "drafter/accept_depth_1": 0.4,
+        "drafter/accept_depth_2": 0.5,
+    }
+
+
+def test_a_step_without_drafts_says_nothing_of_the_drafter() -> None:
+    plain = EngineStats(num_tokens=3, num_steps=3, seconds=1, steps_by_strategy={"off": 3})
+    assert acceptance_scalars(plain) == {}
+    scalars = rollout_scalars(make_batch(plain))
+    assert scalars["rollout/spec_steps_share"] == 0
+    assert scalars["rollout/accept_length"] == 1
+
+
+def test_the_bar_shows_reward_accept_length_and_speed() -> None:
+    assert bar_values(make_batch(STATS)) == {"reward": 0.5, "accept": 1.6, "tok/s": 15}
+
+
+class _Recorder(CSVLogger):
+    """Keeps what is logged."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.logged: list[tuple[int | None, dict[str, Any]]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.logged.append((step, dict(metrics)))
+
+
+def test_scalars_are_logged_at_the_rl_step_not_the_optimizer_step(tmp_path: Path) -> None:
+    recorder = _Recorder(tmp_path)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        logger=recorder,
+        callbacks=[RolloutMetrics()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(FakePolicy("tiny"), datamodule=FakeRollouts("tiny", num_steps=2))
+    assert trainer.global_step == 8
+    steps = [step for step, scalars in recorder.logged if "rollout/num_tokens" in scalars]
+    assert steps == [1, 2, 3, 4]
+    scalars = recorder.logged[0][1]
+    assert scalars["time/rollout"] == 0.5
+    assert scalars["time/publish"] == 0.25
+    assert scalars["time/reward"] == 0.125
+    assert scalars["rollout/accept_length"] == 1.5
+    assert scalars["time/step"] > 0
+    assert "tok/s" not in scalars
+
+
+def test_the_step_clock_leaves_out_what_ends_with_a_resume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = iter([0.0, 10.0, 13.0, 20.0, 24.5, 25.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = StepClock()  # 0
+    clock.resume()  # 10
+    assert clock.lap() == 3  # 13
+    clock.resume()  # 20, after 7 seconds of validation
+    assert clock.lap() == 4.5
+    assert clock.lap() == 1
