@@ -48,14 +48,11 @@ class RolloutStream(IterableDataset[RolloutBatch]):
 
 
 class RolloutLoader(DataLoader[RolloutBatch]):
-    """Loads a RolloutStream in this process, where the engine is.
+    """Loads a RolloutStream.
 
     Its own state is empty, the prompt cursor being the data module's; having one tells Lightning
     that the loader can go on in the middle of an epoch.
     """
-
-    def __init__(self, dataset: RolloutStream) -> None:
-        super().__init__(dataset, batch_size=None, num_workers=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -151,6 +148,7 @@ class RolloutDataModule(pl.LightningDataModule):
         tokenizer = load_tokenizer(self.model_path)
         self._pad_token_id = _pad_token_id(tokenizer)
         splits = self.prompts.load()
+        self.rewards.prepare()
         limit = min(self.max_prompt_tokens, _context_length(self.model_path) - 1)
         self._held_out_prompts, train_prompts = (
             tokenize_questions(
@@ -190,7 +188,9 @@ class RolloutDataModule(pl.LightningDataModule):
         load."""
         rank, world_size = self._rank_and_world_size()
         num_prompts = len(self._held_out_prompts)
-        if 0 < num_prompts < world_size:
+        if num_prompts == 0:
+            return []
+        if num_prompts < world_size:
             raise ValueError(
                 f"{num_prompts} held-out prompts are too few for {world_size} ranks; hold out "
                 f"more, or none"
@@ -223,9 +223,11 @@ class RolloutDataModule(pl.LightningDataModule):
         return self.val_dataloader()
 
     def _loader(self, num_batches: int, make_batch: Callable[[int], RolloutBatch]) -> RolloutLoader:
-        # Lightning recommends loader workers, but the engine and the policy live in this process.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        return RolloutLoader(RolloutStream(num_batches, make_batch))
+        # Lightning recommends loader workers, and warns of what a sized stream would do in them;
+        # but the engine and the policy live in this process.
+        for advice in ("does not have many workers", "`IterableDataset` has `__len__` defined"):
+            warnings.filterwarnings("ignore", message=f".*{advice}.*")
+        return RolloutLoader(RolloutStream(num_batches, make_batch), batch_size=None)
 
     def transfer_batch_to_device(
         self, batch: RolloutBatch, device: torch.device, dataloader_idx: int

@@ -198,8 +198,8 @@ def _install_reward(pickled_reward: bytes) -> None:
 def _end_with_parent() -> None:
     """Have the kernel end this worker when the parent is gone, even one hung with the GIL held.
 
-    The sentinel is a pipe of which the parent holds the other end; SIGIO, by default deadly on Linux,
-    tells of its closing. (Elsewhere an idle worker still ends when its queue closes.)
+    The sentinel is a pipe of which the parent holds the other end; SIGIO, by default deadly on
+    Linux, tells of its closing. (Elsewhere an idle worker still ends when its queue closes.)
     """
     parent = multiprocessing.parent_process()
     assert parent is not None, "a reward worker is started by its pool"
