@@ -136,7 +136,8 @@ class RolloutDataModule(pl.LightningDataModule):
         self._train_prompts: list[Prompt] = []
         self._held_out_prompts: list[Prompt] = []
         self._pad_token_id = 0
-        self._has_started_engine = False
+        self._is_started = False
+        self._has_published = False
         self._engine_state: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- prompts
@@ -246,6 +247,17 @@ class RolloutDataModule(pl.LightningDataModule):
     def _held_out_batch(self, prompts: Sequence[Prompt]) -> RolloutBatch:
         return self._make_batch(prompts, self.val_sampling, self.val_num_samples, stream=0)
 
+    def ensure_started(self) -> None:
+        """Start the engine, without weights, if it is not running; rollouts do so on first use.
+
+        A callback that pushes a drafter before the first rollout calls it beforehand.
+        """
+        if not self._is_started:
+            self.engine.start(self.model_path)
+            self._is_started = True
+            if self._engine_state is not None:
+                self.engine.load_state_dict(self._engine_state)
+
     def _make_batch(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, num_samples: int, *, stream: int
     ) -> RolloutBatch:
@@ -283,22 +295,19 @@ class RolloutDataModule(pl.LightningDataModule):
         return cast(PolicySource, self.trainer.lightning_module)
 
     def _publish_policy(self) -> None:
-        """Start the engine on first use; push the weights then, and whenever they have changed."""
+        """Push the weights to an engine just started, and whenever they have changed."""
+        self.ensure_started()
         policy = self._policy
-        if self._has_started_engine and self.engine.policy_version == policy.policy_version:
-            return
-        if not self._has_started_engine:
-            self.engine.start(self.model_path)
-            if self._engine_state is not None:
-                self.engine.load_state_dict(self._engine_state)
-        self.engine.load_policy(policy.policy_tensors(), policy.policy_version)
-        self._has_started_engine = True
+        # A resumed engine knows the version of its weights before it has any.
+        if not self._has_published or self.engine.policy_version != policy.policy_version:
+            self.engine.load_policy(policy.policy_tensors(), policy.policy_version)
+            self._has_published = True
 
     # ---------------------------------------------------------------- state and end
 
     def state_dict(self) -> dict[str, Any]:
         """The prompt cursor and the engine's state."""
-        if self._has_started_engine:
+        if self._is_started:
             self._engine_state = self.engine.state_dict()
         return {
             "position": self._cursor.at(self._policy.rl_step),
@@ -320,9 +329,9 @@ class RolloutDataModule(pl.LightningDataModule):
 
     def _close(self) -> None:
         self.rewards.close()
-        if self._has_started_engine:
+        if self._is_started:
             self._engine_state = self.engine.state_dict()
-            self._has_started_engine = False
+        self._is_started = self._has_published = False
         self.engine.close()
 
 

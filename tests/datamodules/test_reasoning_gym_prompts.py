@@ -38,7 +38,6 @@ def test_a_task_by_name_gives_questions_whose_own_answers_its_reward_accepts(
             answer=question.answer,
             metadata=pickle.loads(pickle.dumps(question.metadata)),
         )
-        # Countdown's reference answer is one of many expressions.
         assert reward.score(f"So <answer>{question.answer}</answer>", prompt) == 1
         assert reward.score(f"So {question.answer}", prompt) == 0
         assert reward.score("<answer>no such thing</answer>", prompt) < 1

@@ -110,6 +110,21 @@ def test_the_policy_is_published_once_a_version(model_folder: str, tmp_path: Pat
     assert (engine.num_starts, engine.num_loads) == (1, 5)
 
 
+def test_a_callback_can_start_the_engine_before_the_first_rollout(
+    model_folder: str, tmp_path: Path
+) -> None:
+    class StartsIt(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            data.ensure_started()
+            data.ensure_started()
+            assert engine.is_open
+
+    engine = FakeEngine()
+    data, policy = make_data(model_folder, engine=engine), FakePolicy()
+    make_trainer(tmp_path, callbacks=[StartsIt()]).fit(policy, datamodule=data)
+    assert (engine.num_starts, engine.num_loads, policy.lags) == (1, 4, [0] * 4)
+
+
 def test_a_batch_holds_groups_rewards_and_seconds(model_folder: str, tmp_path: Path) -> None:
     data, policy = make_data(model_folder, num_steps=1, seed=5), FakePolicy()
     make_trainer(tmp_path).fit(policy, datamodule=data)
