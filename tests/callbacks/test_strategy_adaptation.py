@@ -208,6 +208,9 @@ def test_two_ranks_hold_the_same_beliefs_learned_from_both(tmp_path: Path) -> No
     steps = [step for bucket in windows for window in bucket for step in window["steps"]]
     assert len(steps) == 2 * 3 * len(BATCHES)
     assert sum(seconds > 0.5 for _, _, seconds in steps) == 3 * len(BATCHES)
+    callback.bandit.reseed(3)
+    version, words, _ = callback.bandit.state_dict()["rng"]
+    assert first["state"]["bandit"]["rng"] == [version, list(words), None]
 
 
 def test_steps_of_ranks_are_learned_in_turns() -> None:

@@ -283,21 +283,24 @@ def test_no_step_verifies_more_than_2048_nodes_unless_told_so(make: Callable[[],
     assert played["257:off"] == 60
 
 
-def test_ucb1_adds_the_bonus_of_hand_worked_counts() -> None:
-    """Rates 100 and 90; counts fade by exp(-1/horizon) a step, here not at all to 6 digits.
+@pytest.mark.parametrize(("keep", "turning_point"), [(1.0, 0.1318), (0.5, 0.1115)])
+def test_ucb1_adds_the_bonus_of_hand_worked_counts(keep: float, turning_point: float) -> None:
+    """Rates 100 and 90; counts 8 and 2, which the horizon leaves whole to 6 digits.
 
-    With counts 8 and 2, N = 10: bounds 1 + e sqrt(2 ln 10 / 8) and 0.9 + e sqrt(2 ln 10 / 2), equal
-    at e = 0.1 / (1.51743 - 0.75871) = 0.1318.
+    Bounds 1 + e sqrt(2 ln 10 / 8) = 1 + 0.75871 e and 0.9 + e sqrt(2 ln 10 / 2) = 0.9 + 1.51743 e
+    meet at e = 0.1318. Discounted by half, counts are 4 and 1: sqrt(2 ln 5 / 4) = 0.89706 and
+    sqrt(2 ln 5) = 1.79412, meeting at e = 0.1115.
     """
-    chosen = {}
-    for exploration in (0.131, 0.133):
+    chosen = []
+    for exploration in (turning_point - 0.0005, turning_point + 0.0005):
         bandit = UCB1(["4_2_8"], exploration=exploration, horizon=10**9, min_tries=2)
         for _ in range(8):
             bandit.record(stats(OFF, [1] * 5, 0.01))
         for _ in range(2):
             bandit.record(stats(NARROW, [2, 2, 2, 2, 1], 0.02))
-        chosen[exploration] = bandit.select(5, 10)
-    assert chosen == {0.131: OFF, 0.133: NARROW}
+        bandit.discount(keep)
+        chosen.append(bandit.select(5, 10))
+    assert chosen == [OFF, NARROW]
 
 
 def test_predefined_follows_its_schedule_alone() -> None:
