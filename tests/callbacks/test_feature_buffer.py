@@ -96,9 +96,10 @@ def test_draws_are_distinct_and_stop_when_the_row_is_full() -> None:
 
 
 def test_very_old_sequences_can_still_be_drawn() -> None:
-    """Their weight underflows: a draw without replacement needs it positive."""
+    """Their weight would underflow: draws without replacement need it positive."""
     buffer = FeatureBuffer(max_tokens=1000)
     buffer.add([sequence(5, rl_step=0), sequence(6, rl_step=10_000)])
+    assert (buffer.weights() > 0).all()
     drawn = buffer.sample(torch.Generator().manual_seed(0), max_pairs=100)
     assert [len(f) for f in drawn] == [6, 5]
 
