@@ -8,7 +8,6 @@ validation. Leaves out critics and sharding. Shape legend: fastrl/types.py.
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -247,9 +246,7 @@ class PolicyModule(LightningModule, ABC):
             logprobs_BT, entropy_BT, hidden_BTD = _forward(
                 self.policy, micro, sampling, has_entropy_gradient=self.entropy_coef != 0
             )
-            loss = self._micro_loss(
-                micro, logprobs_BT, entropy_BT, metrics, is_first_epoch=is_first_epoch
-            )
+            loss = self._micro_loss(micro, logprobs_BT, entropy_BT, metrics)
             self.manual_backward(loss)
             total_loss += loss.detach()
             if self.collect_features and is_first_epoch:
@@ -270,8 +267,6 @@ class PolicyModule(LightningModule, ABC):
         logprobs_BT: Tensor,
         entropy_BT: Tensor,
         metrics: UpdateMetrics,
-        *,
-        is_first_epoch: bool,
     ) -> Tensor:
         """This micro-batch's share of the mini-batch's loss; scalar."""
         current_BT = logprobs_BT.detach()
@@ -284,18 +279,16 @@ class PolicyModule(LightningModule, ABC):
                 response_mask_BT=micro.response_mask_BT,
             )
         )
-        values = {**values, "entropy": entropy_BT}
+        gap_BT = (old_BT - micro.rollout_logprobs_BT).abs()
+        values = {**values, "entropy": entropy_BT, "logprob_gap": gap_BT}
         if micro.reference_logprobs_BT is not None:
             kl_BT = kl_estimate(logprobs_BT, micro.reference_logprobs_BT, self.kl_estimator)
             loss_BT = loss_BT + self.kl_coef * kl_BT
             values["kl"] = kl_BT
         if self.entropy_coef != 0:
             loss_BT = loss_BT - self.entropy_coef * entropy_BT
-        if is_first_epoch:
-            values["logprob_gap"] = (old_BT - micro.rollout_logprobs_BT).abs()
         metrics.add_tokens(values, micro.response_mask_BT)
-        log_ratio_BT = torch.where(micro.response_mask_BT, current_BT - old_BT, -math.inf)
-        metrics.add_max("ratio_max", log_ratio_BT.max().exp())
+        metrics.add_max("ratio_max", (current_BT - old_BT).max().exp())
         return (micro.weights_BT * loss_BT).sum()
 
     def _store_features(

@@ -26,7 +26,7 @@ class NaiveGRPO:
 
     def __init__(self, model_folder: str, batch: RolloutBatch, **options: Any) -> None:
         self.options = {"aggregation": "token-mean", "normalize_std": True, "kl_coef": 0.0}
-        self.options |= {"kl_estimator": "k3", "entropy_coef": 0.0} | options
+        self.options |= {"kl_estimator": "k3", "entropy_coef": 0.0, "clip_high": 0.2} | options
         self.batch = batch
         self.policy = load_causal_lm(model_folder).double()
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.02, weight_decay=0.0)
@@ -60,7 +60,7 @@ class NaiveGRPO:
         losses = []
         for t in range(len(policy)):
             ratio = (policy[t] - self.old[row][t]).exp()
-            clipped = min(max(ratio, torch.tensor(0.8)), torch.tensor(1.2))
+            clipped = ratio.clamp(1 - 0.2, 1 + self.options["clip_high"])
             loss = -min(ratio * self.advantage(row), clipped * self.advantage(row))
             log_r = reference[t] - policy[t]
             kl = log_r**2 / 2 if self.options["kl_estimator"] == "k2" else log_r.exp() - 1 - log_r
@@ -128,6 +128,7 @@ def test_epochs_and_mini_batches_are_ppo_with_the_batch_start_as_old_policy(
 ) -> None:
     batch = ragged_batch()
     options = {"kl_coef": 0.3, "kl_estimator": kl_estimator, "aggregation": "sequence-mean"}
+    options["clip_high"] = 0.02
     module = GRPO(model_folder, optimizer=NO_CLIPPING, num_epochs=2, num_mini_batches=2, **options)
     logged = fit(module, [batch]).logged_metrics
     naive = NaiveGRPO(model_folder, batch, **options)
@@ -186,6 +187,16 @@ def test_with_one_update_the_rollout_logprobs_are_compared_but_never_trained_on(
         assert logged.logged_metrics["policy/ratio_max"] == 1
     assert torch.equal(*weights)
     assert gaps[1] - gaps[0] == pytest.approx(0.25 * 3 / 4, abs=1e-5)
+
+
+def test_kl_is_to_the_initial_model_at_every_rl_step(
+    model_folder: str, ragged_batch: RaggedBatch, fit: Fit
+) -> None:
+    # With one update a step, the first step's policy is the reference itself.
+    for num_steps, is_moved in ((1, False), (2, True)):
+        module = GRPO(model_folder, optimizer=NO_CLIPPING, kl_coef=0.1)
+        logged = fit(module, [ragged_batch(version) for version in range(num_steps)])
+        assert (logged.logged_metrics["policy/kl"] > 1e-3) == is_moved
 
 
 def test_group_size_one_is_an_error_with_its_cure(

@@ -120,6 +120,15 @@ def test_features_come_from_the_first_epoch_and_only_on_request(
     assert module.take_features() == []
 
 
+def test_features_nobody_took_do_not_outlive_their_batch(
+    model_folder: str, ragged_batch: RaggedBatch, make_batch: MakeBatch, fit: Fit
+) -> None:
+    module = GRPO(model_folder)
+    module.collect_features = True
+    fit(module, [ragged_batch(0), make_batch([([1], [2]), ([1], [3])], [1, 0], [0, 0], version=1)])
+    assert [feature.tokens_T.tolist() for feature in module.take_features()] == [[1, 2], [1, 3]]
+
+
 def weights_of(module: GRPO) -> torch.Tensor:
     return torch.cat([tensor.detach().flatten() for _, tensor in module.policy_tensors()])
 
