@@ -248,7 +248,7 @@ class RolloutDataModule(pl.LightningDataModule):
         return self._make_batch(prompts, self.val_sampling, self.val_num_samples, stream=0)
 
     def ensure_started(self) -> None:
-        """Start the engine, without weights, if it is not running; rollouts do so on first use.
+        """Start engine, without weights, and reward workers; rollouts do so on first use.
 
         A callback that pushes a drafter before the first rollout calls it beforehand.
         """
@@ -257,6 +257,7 @@ class RolloutDataModule(pl.LightningDataModule):
             self._is_started = True
             if self._engine_state is not None:
                 self.engine.load_state_dict(self._engine_state)
+            self.rewards.start()
 
     def _make_batch(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, num_samples: int, *, stream: int
@@ -264,7 +265,6 @@ class RolloutDataModule(pl.LightningDataModule):
         """Publish → generate → score → collate. `stream` is the RL step that seeds the
         randomness."""
         started = time.perf_counter()
-        self.rewards.start()
         self._publish_policy()
         published = time.perf_counter()
         rollouts = self.engine.generate(

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -59,10 +59,17 @@ class RewardPool:
         """Start the fork server and its imports, seconds of work, without waiting for them."""
         # Imported once there instead of in each worker, the replacement of a killed one included.
         forkserver.set_forkserver_preload(["__main__", __name__, type(self._reward).__module__])
-        forkserver.ensure_running()
+        # What is blocked here stays blocked there, and in the workers, while they still import. The
+        # resource tracker comes first, because starting it unblocks.
+        resource_tracker.ensure_running()
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
     def start(self) -> None:
-        """Start the workers unless they are running."""
+        """Start the workers unless they are running, without waiting for their imports."""
         if self._pool is not None and not self._pool.active:
             self.close()
         if self._pool is None:
@@ -73,6 +80,8 @@ class RewardPool:
                 initargs=(self._pickled_reward,),
                 context=multiprocessing.get_context("forkserver"),
             )
+            if not self._pool.active:  # Asking is what starts it.
+                raise self._no_workers()
 
     def score(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[RewardResult]:
         """Reward of each response to the prompt beside it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,12 @@ def _hang() -> None:
     time.sleep(1000)
 
 
+def blocks_sigint(pid: int) -> bool:
+    """Whether the process was born with SIGINT blocked, so that not even its imports are hit."""
+    (mask,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
+
+
 def is_alive(pid: int) -> bool:
     """Running, that is neither gone nor a zombie."""
     stat = Path(f"/proc/{pid}/stat")
@@ -148,11 +155,14 @@ def test_hung_workers_end_with_their_parent_even_one_killed(tmp_path: Path) -> N
 
 
 def test_ctrl_c_does_not_reach_the_workers(pool: RewardPool) -> None:
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
     pids = {int(result.score) for result in score(pool, *["pid"] * 50)}
     for pid in pids:
         os.kill(pid, signal.SIGINT)
     assert [result.failure for result in score(pool, *["a"] * 50)] == [None] * 50
     assert all(map(is_alive, pids))
+    assert all(blocks_sigint(pid) for pid in pids)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == blocked_before
 
 
 def test_a_reward_that_cannot_be_pickled_is_refused_at_construction() -> None:
