@@ -19,6 +19,7 @@ setup(
         "jsonargparse[signatures]>=4.40,<5",
         "lightning>=2.6.4",  # 2.6.2 and 2.6.3 were a supply-chain compromise
         "numpy",
+        "pebble>=5",
         "pyyaml",
         "reasoning-gym",
         "rich",

@@ -108,7 +108,7 @@ class RunSummary(Callback):
         self._clock = StepClock()
         self._started_at = time.perf_counter()
         self._seconds_before_resume = 0.0
-        self._folder = Path()
+        self._folder: Path | None = None  # known once the trainer has set up its loggers
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._started_at = time.perf_counter()
@@ -165,7 +165,7 @@ class RunSummary(Callback):
         return self._seconds_before_resume + time.perf_counter() - self._started_at
 
     def _write(self, trainer: Trainer, status: str) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self._folder is None:
             return
         summary = {**self._totals.figures(), "seconds": self._seconds(), "status": status}
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ class RunSummary(Callback):
         os.replace(partial, self._folder / FILE_NAME)
 
     def _print_table(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero and self._totals.num_steps:
+        if trainer.is_global_zero and self._totals.num_steps and self._folder is not None:
             console = get_console()
             console.print(_table(self._totals, self._seconds()))
             console.print(f"in {self._folder / FILE_NAME}", soft_wrap=True, highlight=False)

@@ -133,6 +133,20 @@ def test_the_table_closes_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert str(tmp_path / "summary.json") in output
 
 
+def test_a_run_that_fails_to_set_up_writes_nothing_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithoutData(FakeRollouts):
+        def setup(self, stage: str) -> None:
+            raise ValueError("no such data")
+
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_of(tmp_path / "run", max_epochs=1, callbacks=[RunSummary()])
+    with pytest.raises(ValueError, match="no such data"):
+        trainer.fit(FakePolicy("tiny"), datamodule=WithoutData("tiny"))
+    assert not list(tmp_path.rglob("summary.json"))
+
+
 def test_validating_alone_writes_no_summary(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, callbacks=[RunSummary()])
     trainer.validate(FakePolicy("tiny"), datamodule=FakeRollouts("tiny"), verbose=False)
