@@ -7,9 +7,13 @@ belongs to every run (metrics, progress bar, summary) is added here and takes no
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,6 +27,7 @@ from fastrl.config_loader import load_yaml
 from fastrl.datamodules import RolloutDataModule
 from fastrl.modules import PolicyModule
 
+PREDICTIONS_FILE = "predictions.jsonl"
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _DEFAULT_SEED = 0
 _DEBUG_HINT = "(for the traceback, set JSONARGPARSE_DEBUG=true)"
@@ -114,6 +119,17 @@ class FastRLCLI(LightningCLI):
             if os.environ.get("JSONARGPARSE_DEBUG") == "true":
                 raise
             self.parser.exit(2, f"error: {_refusal(error)}\n{_DEBUG_HINT}\n")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Lightning's, with the responses in `predictions.jsonl` in the run folder, a line each."""
+        batches: Any = self.trainer.predict(**kwargs)
+        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / PREDICTIONS_FILE
+        if self.trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                for response in itertools.chain.from_iterable(batches):
+                    file.write(json.dumps(dataclasses.asdict(response)) + "\n")
+            print(f"responses in {path}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with the callbacks of every run behind the configured ones."""

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 from fastrl.datamodules import RolloutDataModule
-from fastrl.modules import LossInputs, PolicyModule
+from fastrl.modules import LossInputs, PolicyModule, ScoredResponse
 from fastrl.types import EngineStats, RewardResult, RolloutBatch, SamplingParams
 
 
@@ -102,6 +102,9 @@ class FakePolicy(PolicyModule):
             batch_size=len(batch),
         )
 
+    def predict_step(self, batch: RolloutBatch, batch_idx: int) -> list[ScoredResponse]:
+        return [ScoredResponse(prompt="1 + 1", response=f"= {batch_idx}", reward=0.5)]
+
 
 class FakeLoader:
     """So many batches."""
@@ -152,6 +155,9 @@ class FakeRollouts(RolloutDataModule):
 
     def val_dataloader(self) -> Any:
         return FakeLoader(1, self.make)
+
+    def predict_dataloader(self) -> Any:
+        return FakeLoader(2, self.make)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -209,6 +209,14 @@ def test_the_progress_bar_can_be_turned_off(
     assert "RL step 3/3" not in capsys.readouterr().out
 
 
+def test_predict_writes_a_line_a_response(config: Path, tmp_path: Path) -> None:
+    main(["predict", "-c", str(config)])
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": "1 + 1", "response": f"= {batch_idx}", "reward": 0.5} for batch_idx in range(2)
+    ]
+
+
 def test_an_interrupt_closes_the_run_and_exits_with_130(config: Path, tmp_path: Path) -> None:
     assert exit_code(["fit", "-c", str(config), "--model.init_args.interrupt_at=3"]) == 130
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -40,7 +40,8 @@ PASS_REWARD = 1 - 1e-6
 """A response passes (pass@1) if its reward is at least this: full marks, up to rounding."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+# Not frozen: Lightning moves predictions to the CPU, and refuses to go through a frozen record.
+@dataclass(kw_only=True, slots=True)
 class ScoredResponse:
     """What `fastrl predict` returns for each rollout."""
 
