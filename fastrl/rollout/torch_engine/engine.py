@@ -242,7 +242,7 @@ def _check_prompt(prompt: Prompt, max_context: int) -> None:
         raise ValueError(
             f"prompt {prompt.prompt_id} has {num_tokens} tokens; expected 1 or more, fewer than "
             f"the model's context of {max_context}, so that a response fits: filter long prompts "
-            f"(data.prompts.max_prompt_tokens)"
+            f"(data.max_prompt_tokens)"
         )
 
 

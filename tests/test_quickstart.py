@@ -1,0 +1,147 @@
+"""The quickstart in miniature, end to end, with its own models: every part at work, for real."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastrl.cli import FastRLCLI
+from fastrl.types import RolloutBatch
+
+ROOT = Path(__file__).parents[1]
+CALLBACKS = "--trainer.callbacks"
+NUM_STEPS = 4
+
+
+class BatchRecorder(Callback):
+    """Keeps every training batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[RolloutBatch] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: RolloutBatch,
+        batch_idx: int,
+    ) -> None:
+        self.batches.append(batch)
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["fastrl"])
+    torch.set_num_threads(1)
+
+
+def run_quickstart(folder: Path, *options: str) -> tuple[FastRLCLI, BatchRecorder]:
+    """The quickstart's YAML, smaller by command-line options."""
+    recorder = BatchRecorder()
+
+    class RecordingCLI(FastRLCLI):
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.callbacks.append(recorder)
+            return trainer
+
+    cli = RecordingCLI(
+        [
+            "fit",
+            "--config=configs/quickstart.yaml",
+            f"--trainer.default_root_dir={folder}",
+            f"--trainer.val_check_interval={NUM_STEPS}",
+            f"--data.init_args.num_steps={NUM_STEPS}",
+            "--data.init_args.prompts_per_step=4",
+            "--data.init_args.group_size=4",
+            "--data.init_args.sampling.max_tokens=96",
+            "--data.init_args.prompts.init_args.num_held_out=8",
+            *options,
+        ]
+    )
+    return cli, recorder
+
+
+def scalars(folder: Path) -> dict[str, list[int]]:
+    """Steps at which each TensorBoard scalar was written."""
+    (run,) = folder.glob("lightning_logs/version_*")
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_the_quickstart_runs_and_shows_what_it_did(tmp_path: Path) -> None:
+    _, recorder = run_quickstart(tmp_path)
+    assert [batch.rl_step for batch in recorder.batches] == list(range(NUM_STEPS))
+    for version, batch in enumerate(recorder.batches):
+        assert batch.policy_version_B.unique().tolist() == [version]  # lag 0
+        assert not any(result.failure for result in batch.reward_results)
+    steps = scalars(tmp_path)
+    for name in (
+        *("reward/mean", "policy/loss", "policy/entropy", "policy/grad_norm"),
+        *("rollout/tokens_per_s", "rollout/accept_length", "rollout/response_length_max"),
+        *("drafter/loss", "drafter/version", "bandit/arm_share_off", "bandit/explore_share"),
+        *("time/rollout", "time/update", "time/drafter", "time/step"),
+    ):
+        assert steps[name] == list(range(1, NUM_STEPS + 1)), name
+    assert "drafter/acceptance_rate" in steps
+    assert "drafter/accept_depth_1" in steps
+    assert steps["reward/held_out"] == [0, NUM_STEPS]
+    (summary_file,) = tmp_path.glob("lightning_logs/version_*/summary.json")
+    summary = json.loads(summary_file.read_text())
+    assert summary["status"] == "finished"
+    assert summary["num_steps"] == NUM_STEPS
+    assert summary["num_tokens"] == sum(int(b.response_mask_BT.sum()) for b in recorder.batches)
+    for name in ("reward_first", "reward_last", "rollout_share"):
+        assert 0 <= summary[name] <= 1, name
+    for name in ("accept_length_first", "accept_length_last"):
+        assert summary[name] >= 1, name
+    assert summary["seconds"] > 0
+    assert list(tmp_path.glob("lightning_logs/version_*/checkpoints/*.ckpt"))
+
+
+def weights(cli: FastRLCLI) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in cli.model.policy_tensors()}
+
+
+def test_speculation_changes_neither_tokens_nor_rewards_nor_weights(tmp_path: Path) -> None:
+    """A whole run, training included, with the bandit and without any speculation."""
+    adaptive_cli, adaptive = run_quickstart(tmp_path / "adaptive")
+    plain_cli, plain = run_quickstart(tmp_path / "plain", f"{CALLBACKS}=null")
+    assert sum(batch.stats.row_steps for batch in adaptive.batches) > 0
+    assert sum(batch.stats.row_steps for batch in plain.batches) == 0
+    for with_drafts, without in zip(adaptive.batches, plain.batches, strict=True):
+        assert torch.equal(with_drafts.tokens_BT, without.tokens_BT)
+        assert torch.equal(with_drafts.rewards_B, without.rewards_B)
+    theirs = weights(plain_cli)
+    for name, tensor in weights(adaptive_cli).items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_validate_test_and_predict_run_on_held_out_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for subcommand in ("validate", "test", "predict"):
+        cli = FastRLCLI(
+            [
+                subcommand,
+                "--config=configs/quickstart.yaml",
+                f"--trainer.default_root_dir={tmp_path / subcommand}",
+                "--data.init_args.sampling.max_tokens=32",
+                "--data.init_args.prompts.init_args.num_held_out=6",
+            ]
+        )
+        if subcommand != "predict":
+            name = {"validate": "reward/held_out", "test": "reward/test"}[subcommand]
+            assert 0 <= cli.trainer.callback_metrics[name].item() <= 1
+    (predictions,) = (tmp_path / "predict").rglob("predictions*")
+    assert len(predictions.read_text().splitlines()) == 6
