@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from tests.rollout.tiny_models import make_target
 
 ROOT = Path(__file__).parents[1]
+PATIENCE_S = 20.0
 
 
 def processes_of_session(session: int) -> list[int]:
@@ -79,14 +81,17 @@ def test_ctrl_c_stops_a_run_cleanly_and_leaves_no_process(tmp_path: Path) -> Non
         output = ""
         for line in run.stdout:
             output += line
-            if line.startswith("RL step 2/"):
+            if line.startswith("RL step 3/"):
                 break
         assert len(processes_of_session(run.pid)) > 1, output
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does
         output += run.stdout.read()
     assert run.returncode == 130, output
     assert "Traceback" not in output
-    assert processes_of_session(run.pid) == []
+    deadline = time.monotonic() + PATIENCE_S
+    while (left := processes_of_session(run.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the fork server ends when it sees that its parent has
+    assert left == []
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "interrupted"
-    assert summary["num_steps"] >= 2
+    assert summary["num_steps"] >= 2  # the third may have been shown, but not yet counted
