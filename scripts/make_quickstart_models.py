@@ -87,11 +87,11 @@ class Recipe:
     """Hidden size; a multiple of 8."""
     layers: int = 16
     """Decoder layers of the policy."""
-    steps: int = 1200
+    steps: int = 2200
     """Optimizer steps of the policy's supervised training, on its first `shallow_layers` layers."""
     shallow_layers: int = 4
     """Layers trained in those steps; divides `layers`."""
-    deep_steps: int = 100
+    deep_steps: int = 60
     """Optimizer steps with all layers, after those."""
     lr: float = 1e-2
     """Peak learning rate of the policy's matrices (Muon); the rest takes a third (AdamW)."""
@@ -211,13 +211,17 @@ def deepen(
 
 
 def policy_loss(policy: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Cross-entropy over response tokens, divided by their number."""
+    """Cross-entropy over response tokens, summed, over the batch's size in tokens.
+
+    That size is nearly constant. The number of response tokens is not: batches of short examples
+    have few, and to divide by it would weigh guesses more than work.
+    """
     logits_BTV = policy(input_ids=batch.tokens_BT, use_cache=False).logits[:, :-1]
     labels_BT = batch.labels_BT[:, 1:]
     losses_BT = cross_entropy(
         logits_BTV.transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none"
     )
-    return (losses_BT * batch.weights_BT[:, 1:]).sum() / (labels_BT != IGNORED).sum()
+    return (losses_BT * batch.weights_BT[:, 1:]).sum() / batch.tokens_BT.numel()
 
 
 def _optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:

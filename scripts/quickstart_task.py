@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-MIN_TERMS, MAX_TERMS = 2, 8
+MIN_TERMS, MAX_TERMS = 2, 6
 HELD_OUT_SEED = 900_000_000
 """reasoning-gym seeds item i with `seed + i`: data sets whose seeds are close share their items."""
 _DRAWN_WORK_SHARE = 0.75
@@ -111,7 +111,7 @@ def guessed_response(answer: str, rng: random.Random) -> str:
 
 
 def chain_sum(size: int, seed: int) -> ProceduralDataset:
-    """The quickstart's task: up to eight one-digit terms, added and subtracted."""
+    """The quickstart's task: up to six one-digit terms, added and subtracted."""
     return create_dataset(
         "chain_sum",
         size=size,
@@ -127,9 +127,9 @@ def chain_sum(size: int, seed: int) -> ProceduralDataset:
 class Mixture:
     """How the ways of answering are mixed in training."""
 
-    work_share: float = 0.27
+    work_share: float = 0.3
     """Probability with which the policy learns to work rather than guess."""
-    check_share: float = 0.25
+    check_share: float = 0.35
     """Probability of each further check of the working; their number is geometric."""
     max_response: int = 250
     """Longest response in tokens; checks that do not fit are left out."""
