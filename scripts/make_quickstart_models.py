@@ -45,6 +45,7 @@ from fastrl.types import SequenceFeatures
 
 IGNORED = -100
 RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight")
+LAYER_SCALE, HEAD_SCALE = 3.0, 2.0
 README = """# The quickstart's models
 
 A tiny policy and its drafter, for the quickstart and the tests; they are of no use elsewhere.
@@ -53,6 +54,7 @@ A tiny policy and its drafter, for the quickstart and the tests; they are of no 
   answers reasoning-gym's `chain_sum` ({min_terms} to {max_terms} terms of one digit) in one of two
   ways: `Guess:` and a number that is mostly wrong, or `Work:` and the sum reduced term by term,
   which is mostly right. It guesses more often, so that there is something to learn from rewards.
+  Of its layers, {shallow_layers} were trained; the others add nothing until they learn by reward.
 - `drafter/`: an EAGLE drafter of one layer, trained for {drafter_steps} steps only, so that
   co-training has something to add.
 
@@ -87,12 +89,10 @@ class Recipe:
     """Hidden size; a multiple of 8."""
     layers: int = 16
     """Decoder layers of the policy."""
-    steps: int = 2200
-    """Optimizer steps of the policy's supervised training, on its first `shallow_layers` layers."""
     shallow_layers: int = 4
-    """Layers trained in those steps; divides `layers`."""
-    deep_steps: int = 60
-    """Optimizer steps with all layers, after those."""
+    """Layers that are trained here; divides `layers`. The others add nothing at first."""
+    steps: int = 4000
+    """Optimizer steps of the policy's supervised training."""
     lr: float = 1e-2
     """Peak learning rate of the policy's matrices (Muon); the rest takes a third (AdamW)."""
     drafter_steps: int = 40
@@ -162,7 +162,11 @@ def batches(
 
 
 def build_policy(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, num_layers: int
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    num_layers: int,
+    *,
+    tie_word_embeddings: bool,
 ) -> LlamaForCausalLM:
     """A Llama of unit-scale activations; residual branches shrink with depth, so that it trains."""
     config = LlamaConfig(
@@ -174,7 +178,7 @@ def build_policy(
         num_key_value_heads=2,
         max_position_embeddings=512,
         initializer_range=recipe.width**-0.5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_word_embeddings,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -191,23 +195,44 @@ def build_policy(
 def deepen(
     shallow: LlamaForCausalLM, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> LlamaForCausalLM:
-    """The same function in `recipe.layers` layers, the shallow ones spread among them.
+    """The same function in `recipe.layers` layers, at scales that suit reinforcement learning.
 
-    The others add nothing at first: what writes their output is zero (as in Net2Net, arXiv
-    1511.05641). So most steps can be taken on a model that costs a fraction of the deep one.
+    The shallow layers are spread among new ones that add nothing yet: what writes their output is
+    zero (as in Net2Net, arXiv 1511.05641). So training is paid for the shallow ones alone.
+
+    Adam moves each weight by about the learning rate, however large the weight. Larger weights in
+    the layers and a smaller LM head (untied for that), made up for in the norms' weights, leave the
+    logits as they are, but let few steps change the choice to work or guess without upsetting the
+    arithmetic.
     """
-    deep = build_policy(recipe, tokenizer, recipe.layers)
+    deep = build_policy(recipe, tokenizer, recipe.layers, tie_word_embeddings=False)
     stride = recipe.layers // shallow.config.num_hidden_layers
     with torch.no_grad():
         for index, layer in enumerate(deep.model.layers):
             if index % stride == 0:
                 layer.load_state_dict(shallow.model.layers[index // stride].state_dict())
-                continue
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-    deep.model.embed_tokens.load_state_dict(shallow.model.embed_tokens.state_dict())
-    deep.model.norm.load_state_dict(shallow.model.norm.state_dict())
+            else:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+        deep.model.embed_tokens.load_state_dict(shallow.model.embed_tokens.state_dict())
+        deep.lm_head.load_state_dict(shallow.lm_head.state_dict())
+        deep.model.norm.load_state_dict(shallow.model.norm.state_dict())
+        for name, parameter in deep.named_parameters():
+            parameter.mul_(_scale(name))
     return deep
+
+
+def _scale(name: str) -> float:
+    """By how much `deepen` enlarges a weight."""
+    match name.split(".")[-2]:
+        case "lm_head":
+            return 1 / HEAD_SCALE
+        case "norm":
+            return HEAD_SCALE
+        case "input_layernorm" | "post_attention_layernorm":
+            return 1 / LAYER_SCALE
+        case _:
+            return LAYER_SCALE
 
 
 def policy_loss(policy: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -266,7 +291,6 @@ def train_policy(
         if step % 100 == 0 or step == num_steps - 1:
             elapsed = time.monotonic() - started
             print(f"policy {step:5d} loss {loss.item():.4f} {elapsed:6.0f} s", flush=True)
-    policy.eval()
 
 
 # ---------------------------------------------------------------- drafter
@@ -389,6 +413,7 @@ def write_readme(recipe: Recipe, figures: dict[str, float], seconds: float) -> N
         eval_prompts=recipe.eval_prompts,
         layers=recipe.layers,
         width=recipe.width,
+        shallow_layers=recipe.shallow_layers,
         drafter_steps=recipe.drafter_steps,
         sizes=sizes,
         rows=rows,
@@ -410,10 +435,9 @@ def make(recipe: Recipe) -> dict[str, float]:
     started = time.monotonic()
     tokenizer = build_tokenizer()
     source = batches(recipe, tokenizer, random.Random(recipe.seed))
-    shallow = build_policy(recipe, tokenizer, recipe.shallow_layers)
+    shallow = build_policy(recipe, tokenizer, recipe.shallow_layers, tie_word_embeddings=True)
     train_policy(shallow, source, recipe.lr, recipe.steps)
-    policy = deepen(shallow, recipe, tokenizer)
-    train_policy(policy, source, recipe.lr / 10, recipe.deep_steps)
+    policy = deepen(shallow, recipe, tokenizer).eval()
     drafter = EagleDrafter.for_target(policy.config, seed=recipe.seed)
     train_drafter(drafter, policy, source, recipe.drafter_lr, recipe.drafter_steps)
     seconds = time.monotonic() - started

@@ -63,6 +63,10 @@ def test_chat_template_opens_the_assistants_turn_after_every_role(tokenizer):
     assert text == "<s><|system|>a<|user|>b<|assistant|>"
 
 
+def test_guess_is_the_last_term():
+    assert task.guessed_response("4 - 9 + 7") == "Guess:<answer>7</answer>"
+
+
 def test_reduction_by_hand():
     assert task.reduction("4 - 9 + 7") == " 4 - 9 = -5, -5 + 7: -5 + 7 = 2"
 
@@ -109,7 +113,6 @@ def miniature(output: Path) -> script.Recipe:
         layers=2,
         steps=3,
         shallow_layers=1,
-        deep_steps=1,
         drafter_steps=2,
         tokens_per_step=300,
         eval_prompts=8,
@@ -124,13 +127,16 @@ def test_flags_set_the_recipe(tmp_path):
     assert recipe == script.Recipe(output=tmp_path, steps=5, mixture=recipe.mixture)
 
 
-def test_deepening_keeps_the_function(tokenizer):
+def test_deepening_keeps_the_function_and_enlarges_the_layers(tokenizer):
     recipe = script.Recipe(width=16, layers=6, shallow_layers=2)
-    shallow = script.build_policy(recipe, tokenizer, recipe.shallow_layers)
+    shallow = script.build_policy(recipe, tokenizer, 2, tie_word_embeddings=True)
     deep = script.deepen(shallow, recipe, tokenizer)
     assert deep.config.num_hidden_layers == len(deep.model.layers) == 6
     tokens_BT = torch.arange(20).view(2, 10)
-    torch.testing.assert_close(deep(tokens_BT).logits, shallow(tokens_BT).logits)
+    expected = shallow(tokens_BT).logits
+    torch.testing.assert_close(deep(tokens_BT).logits, expected, rtol=1e-3, atol=1e-3)
+    taken, given = deep.model.layers[3], shallow.model.layers[1]
+    assert torch.equal(taken.mlp.up_proj.weight, given.mlp.up_proj.weight * script.LAYER_SCALE)
 
 
 def test_miniature_run_saves_loadable_models_and_repeats_itself(tmp_path):
@@ -140,7 +146,6 @@ def test_miniature_run_saves_loadable_models_and_repeats_itself(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "policy")
         for name in ("first", "second")
     ]
-    assert policies[0].config.tie_word_embeddings
     for first, second in zip(*(p.state_dict().values() for p in policies), strict=True):
         assert first.dtype == torch.float32
         assert torch.equal(first, second)
@@ -151,4 +156,4 @@ def test_miniature_run_saves_loadable_models_and_repeats_itself(tmp_path):
     assert tokenizer.eos_token_id == policies[0].generation_config.eos_token_id
     readme = (tmp_path / "first/README.md").read_text()
     assert "Apache-2.0" in readme
-    assert "--layers 2 --steps 3" in readme
+    assert "--layers 2 --shallow_layers 1 --steps 3" in readme
