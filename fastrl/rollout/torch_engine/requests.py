@@ -6,6 +6,7 @@ dropped here. Leaves out everything on the device (rows.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -46,9 +47,18 @@ class EndOfResponse:
     def take(
         self, request: Request, tokens: Sequence[int], logprobs: Sequence[float]
     ) -> tuple[int, FinishReason | None]:
-        """Append tokens up to the end; how many were taken, and why it ended, if it did."""
+        """Append tokens up to the end; how many were taken, and why it ended, if it did.
+
+        Raises FloatingPointError for a token whose distribution was not a number.
+        """
         limit = min(self._max_tokens, self._max_context - len(request.prompt.tokens))
         for taken, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), start=1):
+            if math.isnan(logprob):
+                raise FloatingPointError(
+                    f"prompt {request.prompt.prompt_id}, sample {request.sample_index}, response "
+                    f"token {len(request.tokens)}: the policy's logits are not numbers; its "
+                    f"weights are broken, or the engine's dtype is too narrow for them"
+                )
             request.tokens.append(token)
             request.logprobs.append(logprob)
             if token in self._stop_ids or self._ends_with_stop_string(request.tokens):

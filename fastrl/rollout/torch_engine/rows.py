@@ -101,7 +101,7 @@ class LiveRows:
         Entries past `num_emitted_B` are written too, and overwritten by the next step.
         """
         count, num_places = emitted_BP.shape
-        steps_P = self.row_numbers_B.new_tensor(range(num_places))
+        steps_P = torch.arange(num_places, device=emitted_BP.device)
         columns_BP = self.lengths_B[:count, None] + steps_P
         rows_B1 = self.row_numbers_B[:count, None]
         self.tokens_BS[rows_B1, columns_BP + 1] = emitted_BP

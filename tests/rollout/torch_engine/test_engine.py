@@ -264,6 +264,19 @@ def test_missing_unknown_and_misshapen_weights_are_named(engine, target_model):
         engine.load_policy(cut.items(), version=1)
 
 
+@pytest.mark.parametrize("strategy", ["off", "3_3_10"])
+def test_logits_that_are_no_numbers_stop_generation(tmp_path, strategy):
+    model = make_target(tmp_path / "target")
+    make_drafter(tmp_path / "drafter", model)
+    engine = TorchEngine(str(tmp_path / "drafter"), strategy, device="cpu")
+    engine.start(str(tmp_path / "target"))
+    engine.load_policy(model.named_parameters(), version=0)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+    with pytest.raises(FloatingPointError, match="prompt 0, sample 0, response token 0: the pol"):
+        engine.generate(make_prompts(1), LONG)
+
+
 def test_length_dependent_rotary_embeddings_are_refused(tmp_path):
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     make_target(tmp_path, rope_parameters=rope)
