@@ -24,6 +24,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fastrl.rollout.attention import CACHED_ATTENTION
+from fastrl.rollout.weights import check_fits
 
 ARCHITECTURE = "LlamaForCausalLMEagle"
 _SHARED_WITH_TARGET = ("embed_tokens", "lm_head")
@@ -173,17 +174,7 @@ class EagleDrafter(nn.Module):
             for name, tensor in named_tensors
             if not name.removeprefix("model.").startswith(_SHARED_WITH_TARGET)
         }
-        missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-        misshapen = [
-            f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own.keys() & given.keys()
-            if own[name].shape != given[name].shape
-        ]
-        if missing or unknown or misshapen:
-            raise ValueError(
-                f"drafter weights of {source} do not fit: missing {missing}, unknown {unknown}, "
-                f"misshapen {misshapen}"
-            )
+        check_fits(given, own, what=f"drafter weights of {source}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given[name])

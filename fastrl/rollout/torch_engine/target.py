@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from fastrl.rollout.attention import CACHED_ATTENTION
 from fastrl.rollout.torch_engine.kv_cache import CacheView, KVCache
+from fastrl.rollout.weights import check_fits
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # Models that scale or cap their logits after the LM head, which this engine applies on its own.
@@ -97,17 +98,7 @@ class TargetModel:
         }
         if self.config.tie_word_embeddings:
             given.pop("lm_head.weight", None)
-        missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-        misshapen = [
-            f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own.keys() & given.keys()
-            if own[name].shape != given[name].shape
-        ]
-        if missing or unknown or misshapen:
-            raise ValueError(
-                f"policy weights do not fit the engine's model: missing {missing}, "
-                f"unknown {unknown}, misshapen {misshapen}"
-            )
+        check_fits(given, own, what="policy weights for the engine's model")
         self._model.load_state_dict(given, strict=False, assign=True)
         self._model.requires_grad_(False)
         self._model.tie_weights()
