@@ -108,8 +108,9 @@ class FastRLCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The engine, the prompts' tokenizer and the policy are of one model."""
+        """One model for engine, tokenizer and policy; one seed for prompts' order and tokens."""
         parser.link_arguments("model.init_args.model_path", "data.init_args.model_path")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def instantiate_classes(self) -> None:
         """A value that a class refuses is the user's mistake: its message says all there is."""

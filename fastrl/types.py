@@ -14,6 +14,7 @@ Shape legend, used all over the project as suffixes of tensor names:
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,7 +52,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.temperature >= 0, "temperature must be >= 0 (0 is greedy)", self.temperature),
+            (
+                0 <= self.temperature < math.inf,
+                "temperature must be >= 0 (0 is greedy) and finite",
+                self.temperature,
+            ),
+            ("" not in self.stop, "stop must not hold an empty string", self.stop),
             (self.top_k >= 0, "top_k must be >= 0 (0 keeps all tokens)", self.top_k),
             (0 < self.top_p <= 1, "top_p must be in (0, 1] (1 keeps all tokens)", self.top_p),
             (0 <= self.min_p < 1, "min_p must be in [0, 1) (0 drops no token)", self.min_p),
@@ -227,9 +233,10 @@ class EngineStats:
     accepted_tokens: int = 0
     """Tokens emitted by those rows, the bonus token of each included."""
     offered_by_depth: tuple[int, ...] = ()
-    """Rows drafted to depth d + 1 or deeper whose draft tokens were accepted up to depth d."""
+    """Rows and steps whose strategy drafts to depth d + 1 and whose tokens were accepted up to d
+    (whether or not the pruned tree had a node below the accepted one)."""
     accepted_by_depth: tuple[int, ...] = ()
-    """Rows among them that accepted a draft token at depth d + 1."""
+    """Those among them that accepted a draft token at depth d + 1."""
 
     @property
     def accept_length(self) -> float:

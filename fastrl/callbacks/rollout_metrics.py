@@ -70,7 +70,7 @@ def acceptance_scalars(stats: EngineStats) -> dict[str, float]:
     """`drafter/` figures of a step; none for a step (or a depth) that offered no draft.
 
     `accept_depth_d` is the share of rows that accepted a draft token at depth d, among those whose
-    tree reached depth d with all shallower depths accepted.
+    strategy drafts to depth d and which accepted all shallower depths.
     """
     if not stats.row_steps:
         return {}

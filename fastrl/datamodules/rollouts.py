@@ -84,7 +84,8 @@ class RolloutDataModule(pl.LightningDataModule):
         max_prompt_tokens: Longer prompts, chat template included, are left out and counted.
         reward_workers: Worker processes that score responses.
         reward_timeout_s: Time limit of each score in seconds; beyond it a response scores 0.
-        seed: Seeds the order of prompts and the randomness of every token.
+        seed: Seeds the order of prompts and the randomness of every token; `seed_everything` on the
+            command line.
     """
 
     def __init__(

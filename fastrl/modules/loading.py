@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-# Keys by which some architectures change logits after the LM head, which logprobs.py applies alone.
-_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+from fastrl.rollout.weights import changes_after_head
 
 
 def check_model_folder(model_path: str) -> None:
@@ -67,7 +66,7 @@ def _disable_dropout(config: PretrainedConfig) -> None:
 
 def _check_plain_head(config: PretrainedConfig, model_path: str) -> None:
     values = config.to_dict()
-    if changed := [name for name in _AFTER_HEAD if values.get(name) not in (None, 1, False)]:
+    if changed := changes_after_head(values):
         raise ValueError(
             f"model_path: {model_path!r} ({config.model_type}) sets {changed}, which changes "
             f"logits after the LM head; such architectures are not supported, use one of the "

@@ -22,6 +22,10 @@ CACHED_ATTENTION = "fastrl_cached"
 """Name under which the function is registered: a config's `_attn_implementation`."""
 
 
+_UNSUPPORTED = ("s_aux", "softcap")
+"""Arguments of transformers' attention functions that change its result: sinks, capped scores."""
+
+
 class KVView(Protocol):
     """Where one forward pass writes its keys and values, and what its queries may see."""
 
@@ -57,6 +61,11 @@ def cached_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    if unknown := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
+        raise ValueError(
+            f"{type(module).__name__} asks for attention with {unknown}, which the embedded engine "
+            f"does not compute; use the SGLang engine for this architecture"
+        )
     keys, values = kv_view.update(module.layer_idx, key, value)  # type: ignore[arg-type]
     output = scaled_dot_product_attention(
         query,

@@ -67,6 +67,11 @@ class FixedStrategy:
     def __init__(self, strategy: str = "off") -> None:
         self.strategy = DraftStrategy.parse(strategy)
 
+    @property
+    def strategies(self) -> tuple[DraftStrategy, ...]:
+        """The one."""
+        return (self.strategy,)
+
     def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
         """The strategy, whatever the batch."""
         return self.strategy

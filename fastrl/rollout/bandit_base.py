@@ -151,6 +151,11 @@ class Bandit(ABC):
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
         """One of two or more candidates, all with steps in the bucket; whether it explores."""
 
+    @property
+    def strategies(self) -> tuple[DraftStrategy, ...]:
+        """All arms, `off` first."""
+        return self.arms
+
     def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
         """Strategy for a step over `batch_size` live rows; context length is not looked at."""
         bucket = self._bucket(batch_size)

@@ -30,6 +30,11 @@ IdleHook = Callable[[IdleWindow], None]
 class StrategySelector(Protocol):
     """Chooses the speculation strategy of each decode step."""
 
+    @property
+    def strategies(self) -> Sequence[DraftStrategy]:
+        """All that it may choose: an engine refuses, when it starts, those it cannot run."""
+        ...
+
     def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
         """Strategy for a step over `batch_size` live rows, the longest of `context_tokens`."""
         ...

@@ -11,6 +11,7 @@ draft probability, then re-ranking of all candidates. Shape legend: fastrl/types
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,8 @@ class TreeBuilder:
 
     def expand(self, logprobs_BKV: Tensor) -> None:
         """Add the topk children of every beam node; the topk best of them become the beam."""
+        # A drafter gone bad must cost speed alone: sorted as a number, NaN would come first.
+        logprobs_BKV = logprobs_BKV.nan_to_num(nan=-math.inf, neginf=-math.inf)
         child_logprobs_BKK, child_tokens_BKK = logprobs_BKV.topk(self._topk, dim=-1)
         scores_BC = (self._beam_scores_BK.unsqueeze(-1) + child_logprobs_BKK).flatten(1)
         tokens_BC = child_tokens_BKK.flatten(1)

@@ -1,10 +1,18 @@
-"""Refuses published weights that do not fit: a tensor missing, unknown or of another shape."""
+"""Refuses what cannot be served exactly: tensors that do not fit, logits changed after the head."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
+
+_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def changes_after_head(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a model's configuration by which it scales or caps logits after its LM head."""
+    return [name for name in _AFTER_HEAD if settings.get(name) not in (None, 1, False)]
 
 
 def check_fits(given: Mapping[str, Tensor], own: Mapping[str, Tensor], *, what: str) -> None:

@@ -148,6 +148,8 @@ def test_every_part_of_a_rollouts_identity_changes_its_key():
     ("bad", "expectation"),
     [
         ({"temperature": -0.1}, "temperature must be >= 0"),
+        ({"temperature": math.inf}, "and finite"),
+        ({"stop": ("a", "")}, "empty string"),
         ({"top_k": -1}, "top_k must be >= 0"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"min_p": 1.0}, "min_p must be in"),

@@ -105,6 +105,19 @@ def test_a_certain_draft_keeps_parents_before_children():
     assert tree.depths_BN.tolist() == [[0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("bad_level", [0, 1, 2])
+def test_a_draft_that_is_no_number_still_gives_a_tree(bad_level):
+    """Parents before children, siblings different: what acceptance relies on."""
+    builder = TreeBuilder(torch.tensor([0]), topk=3)
+    for level in range(3):
+        logprobs = torch.randn(1, 1 if level == 0 else 3, VOCAB_SIZE).log_softmax(-1)
+        builder.expand(logprobs.fill_(torch.nan) if level == bad_level else logprobs)
+    tree = builder.build(12)
+    paths = paths_of(tree, 0)
+    assert len(set(paths)) == 12
+    assert [len(path) for path in paths] == tree.depths_BN[0].tolist()
+
+
 def test_plain_decoding_is_the_tree_of_one_node():
     tree = root_only(torch.tensor([5, 6]))
     assert (tree.num_nodes, tree.depth) == (1, 0)

@@ -25,6 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
+import torch
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from fastrl.datamodules.rewards.base import BatchRewardFunction, RewardFunction
@@ -33,6 +34,8 @@ from fastrl.types import Prompt, RewardResult
 _log = logging.getLogger(__name__)
 
 _MAX_POOL_STARTS = 3
+_LARGEST_SCORE = torch.finfo(torch.float32).max
+"""A batch holds its rewards in float32."""
 
 
 class RewardPool:
@@ -242,7 +245,7 @@ def _checked(value: object) -> RewardResult:
     if not isinstance(value, numbers.Real):
         return RewardResult(score=0.0, failure=f"returned {type(value).__name__}, expected a float")
     score = float(value)
-    if not math.isfinite(score):
+    if not abs(score) <= _LARGEST_SCORE:  # NaN is not, either
         return RewardResult(score=0.0, failure=f"returned {score}")
     return RewardResult(score=score)
 

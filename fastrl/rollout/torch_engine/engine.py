@@ -14,7 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter
@@ -94,10 +99,12 @@ class TorchEngine:
             target=target,
             cache=target.new_cache(self._max_batch_size),
             tokenizer=tokenizer,
-            eos_token_ids=_eos_token_ids(model_path, tokenizer),
+            eos_token_ids=_eos_token_ids(model_path, target.config, tokenizer),
             drafter=drafter,
             drafting=drafting,
         )
+        for strategy in self.strategy_selector.strategies:
+            self._check_strategy(strategy)
 
     @property
     def policy_version(self) -> int:
@@ -246,10 +253,12 @@ def _check_prompt(prompt: Prompt, max_context: int) -> None:
         )
 
 
-def _eos_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """End-of-sequence tokens of the generation configuration, where there is one, and tokenizer."""
-    ids = {tokenizer.eos_token_id}
+def _eos_token_ids(
+    model_path: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """End-of-sequence tokens of the generation configuration (or the model's) and the tokenizer."""
+    configured = config.to_dict().get("eos_token_id")
     if (Path(model_path) / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(model_path).eos_token_id
-        ids |= set(configured if isinstance(configured, list) else [configured])
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     return tuple(sorted(ids - {None}))

@@ -75,5 +75,6 @@ class EndOfResponse:
         """Whether the last token completed a stop string: an earlier one would have ended it."""
         if not self._stop_strings:
             return False
-        text = self.decode(tokens[-self._tail :])
+        # Special tokens included: chat templates end turns with them.
+        text = str(self._tokenizer.decode(tokens[-self._tail :], skip_special_tokens=False))
         return any(stop in text for stop in self._stop_strings)

@@ -18,11 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from fastrl.rollout.attention import CACHED_ATTENTION
 from fastrl.rollout.torch_engine.kv_cache import CacheView, KVCache
-from fastrl.rollout.weights import check_fits
+from fastrl.rollout.weights import changes_after_head, check_fits
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# Models that scale or cap their logits after the LM head, which this engine applies on its own.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class TargetModel:
@@ -52,6 +51,12 @@ class TargetModel:
             )
         self._model.eval()
         self._base = self._model.base_model
+        if not any(name == "rotary_emb" for name, _ in self._base.named_children()):
+            raise ValueError(
+                f"{model_path}: {type(self._model).__name__} has no rotary embedding, which the "
+                f"embedded engine relies on for positions in a tree; use the SGLang engine, or a "
+                f"model of the Llama, Qwen or Mistral families"
+            )
         with torch.device(device):
             self._base.rotary_emb = type(self._base.rotary_emb)(config=self.config)
         self._mask_stand_in = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
@@ -128,12 +133,16 @@ def _check_supported(config: PretrainedConfig, model_path: str) -> None:
             f"sequence of its batch, so batched rollouts would not be exact; use a model with rope "
             f"type default, linear, llama3 or yarn, or the SGLang engine"
         )
-    for name in _LOGIT_CHANGES:
-        if settings.get(name) not in (None, 1, 1.0):
-            raise ValueError(
-                f"{model_path} sets {name}={settings[name]}, which the embedded engine "
-                f"does not apply; use the SGLang engine"
-            )
+    if changes := changes_after_head(settings):
+        raise ValueError(
+            f"{model_path} sets {changes}, which change logits after the LM head; the embedded "
+            f"engine does not apply them; use the SGLang engine"
+        )
+    if others := set(settings.get("layer_types") or ()) - _LAYER_TYPES:
+        raise ValueError(
+            f"{model_path} has layers of type {sorted(others)}; the embedded engine's cache holds "
+            f"keys and values of {sorted(_LAYER_TYPES)} alone; use the SGLang engine"
+        )
 
 
 def _check_materialized(model: nn.Module) -> None:

@@ -16,11 +16,11 @@ class CyclingSelector:
     """Another strategy each step, `off` among them; keeps what it was told."""
 
     def __init__(self, strategies: Sequence[str]) -> None:
-        self._strategies = [DraftStrategy.parse(text) for text in strategies]
+        self.strategies = [DraftStrategy.parse(text) for text in strategies]
         self.recorded: list[StepStats] = []
 
     def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
-        return self._strategies[len(self.recorded) % len(self._strategies)]
+        return self.strategies[len(self.recorded) % len(self.strategies)]
 
     def record(self, stats: StepStats) -> None:
         self.recorded.append(stats)

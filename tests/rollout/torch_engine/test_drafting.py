@@ -84,23 +84,43 @@ def test_drafted_trees_are_those_of_the_cacheless_drafter(
 def test_rows_that_moved_or_started_late_draft_the_same_trees(engine, folders, target_model):
     """Finished rows leave, later ones take their places, with their caches."""
     drafter = EagleDrafter.from_pretrained(folders[1])
-    generation = generation_of(engine, ["3_3_10", "off"])
+    generation = generation_of(engine, ["3_3_10", "off", "off", "off"])
     queue = deque(requests_of(make_prompts(5, shortest=3), 3))
-    checked = 0
+    checked = num_steps = 0
     generation._end._stop_ids = frozenset(range(0, VOCAB_SIZE, 6))
     with torch.inference_mode():
         while queue or generation._rows.requests:
             generation._admit(queue)
             if not generation._rows.requests:
                 continue
-            strategy = DraftStrategy.parse("2_3_7")
-            assert_trees_are_naive(generation, drafter, target_model, strategy, SamplingParams())
-            checked += len(generation._rows)
+            if num_steps % 4 == 3:  # so that rows move while the drafter lags behind them
+                strategy = DraftStrategy.parse("2_3_7")
+                assert_trees_are_naive(
+                    generation, drafter, target_model, strategy, SamplingParams()
+                )
+                checked += len(generation._rows)
             generation._retire(generation._step())
-    assert checked > 20
+            num_steps += 1
+    assert checked > 8
 
 
-def test_drafting_ranks_by_the_sampling_temperature_but_not_by_filters(engine):
+def test_drafting_ranks_by_the_sampling_temperature(engine, folders, target_model):
+    """A sharp distribution makes deep trees, a flat one wide trees."""
+    drafter = EagleDrafter.from_pretrained(folders[1])
+    generation = generation_of(engine, ["off"])
+    strategy = DraftStrategy.parse("4_3_9")
+    with torch.inference_mode():
+        generation._admit(deque(requests_of(make_prompts(6))))
+        sampling = SamplingParams(temperature=20.0)
+        assert_trees_are_naive(generation, drafter, target_model, strategy, sampling)
+        ours, plain = (
+            generation._drafting.draft(generation._rows, strategy, sampling)
+            for sampling in (sampling, SamplingParams())
+        )
+    assert ours.depths_BN.sum() < plain.depths_BN.sum()
+
+
+def test_filters_do_not_matter_to_drafting_and_greedy_ranks_as_temperature_1(engine):
     generation = generation_of(engine, ["off"])
     strategy = DraftStrategy.parse("3_3_8")
     with torch.inference_mode():

@@ -1,11 +1,13 @@
 """The embedded engine's behaviour: batching, ends of responses, weights, statistics, errors."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
+from transformers import GPT2Config, GptOssConfig, GptOssForCausalLM
 
-from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy
 from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.types import FinishReason, Prompt, SamplingParams
 from tests.rollout.tiny_models import EOS, VOCAB_SIZE, make_drafter, make_prompts, make_target
@@ -228,14 +230,14 @@ def test_generating_too_early_says_what_is_missing(folders):
         engine.generate(make_prompts(1), LONG)
 
 
-def test_speculation_without_a_drafter_is_refused(folders, target_model):
-    engine = TorchEngine(strategy="4_2_8", device="cpu")
-    engine.start(str(folders[0]))
-    engine.load_policy(target_model.named_parameters(), version=0)
-    with pytest.raises(
-        ValueError, match=r"4_2_8 needs a drafter, but engine\.drafter_path is null"
-    ):
-        engine.generate(make_prompts(1), LONG)
+def test_strategies_that_cannot_run_are_refused_before_the_first_rollout(folders):
+    """Also an arm that a bandit would try late, when few rows are left."""
+    with pytest.raises(ValueError, match=r"4_2_8 needs a drafter, but engine\.drafter_path"):
+        TorchEngine(strategy="4_2_8", device="cpu").start(str(folders[0]))
+    engine = TorchEngine(drafter_path=str(folders[1]), device="cpu")
+    engine.strategy_selector = EpsilonGreedy(["4_2_8", f"2_{VOCAB_SIZE + 1}_9"])
+    with pytest.raises(ValueError, match=r"topk 41 is larger than the vocabulary"):
+        engine.start(str(folders[0]))
 
 
 def test_more_children_than_tokens_are_refused(engine):
@@ -275,6 +277,37 @@ def test_logits_that_are_no_numbers_stop_generation(tmp_path, strategy):
         model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
     with pytest.raises(FloatingPointError, match="prompt 0, sample 0, response token 0: the pol"):
         engine.generate(make_prompts(1), LONG)
+
+
+def test_architectures_that_would_not_be_exact_are_refused(tmp_path):
+    config = GptOssConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = GptOssForCausalLM(config)
+    model.save_pretrained(tmp_path / "sinks")
+    make_target(tmp_path / "llama")
+    for file in (tmp_path / "llama").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "sinks")
+    engine = TorchEngine(device="cpu")
+    engine.start(str(tmp_path / "sinks"))
+    engine.load_policy(model.named_parameters(), version=0)
+    with pytest.raises(ValueError, match=r"asks for attention with \['s_aux'\]"):
+        engine.generate(make_prompts(1), LONG)
+    GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=1, n_head=2).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no rotary embedding"):
+        TorchEngine(device="cpu").start(str(tmp_path / "gpt2"))
 
 
 def test_length_dependent_rotary_embeddings_are_refused(tmp_path):

@@ -157,6 +157,27 @@ def test_every_family_is_decoded_exactly(tmp_path, family):
         assert_equal_to(generate(engine, sampling, count=2), reference)
 
 
+def test_a_tree_deeper_than_the_sliding_window_is_verified_exactly(tmp_path):
+    model = make_target(tmp_path / "target", "mistral", sliding_window=3)
+    model.set_attn_implementation("eager")
+    make_drafter(tmp_path / "drafter", model)
+    engine = TorchEngine(drafter_path=str(tmp_path / "drafter"), max_batch_size=4, device="cpu")
+    engine.start(str(tmp_path / "target"))
+    engine.load_policy(model.named_parameters(), version=0)
+    sampling = SamplingParams(max_tokens=24, temperature=0.0)
+    engine.strategy_selector = FixedStrategy("off")
+    known = generate(engine, sampling, count=2)
+    reference = [
+        naive_rollout(model, prompt, sampling, seed=7, rl_step=3, sample_index=sample)
+        for prompt in make_prompts(2)
+        for sample in range(3)
+    ]
+    assert_equal_to(known, reference)
+    engine._started().drafting = ScriptedDrafting(known, is_right=True, vocab_size=VOCAB_SIZE)
+    engine.strategy_selector = FixedStrategy("6_1_7")
+    assert_equal_to(generate(engine, sampling, count=2), reference)
+
+
 def test_another_seed_step_prompt_or_sample_gives_other_tokens(engine):
     sampling = SamplingParams(max_tokens=24, temperature=1.5)
     prompt = make_prompts(1)
