@@ -7,22 +7,24 @@ belongs to every run (metrics, progress bar, summary) is added here and takes no
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import set_loader, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from fastrl.callbacks import RolloutMetrics, RolloutProgressBar, RunSummary
+from fastrl.callbacks import RolloutMetrics, RolloutProgressBar, RunSummary, StepCheckpoint
 from fastrl.config_loader import load_yaml
 from fastrl.datamodules import RolloutDataModule
 from fastrl.modules import PolicyModule
@@ -114,12 +116,39 @@ class FastRLCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """A value that a class refuses is the user's mistake: its message says all there is."""
-        try:
+        with self._plain_refusals(of_any_class=True):
             super().instantiate_classes()
+            self._check_group_size()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """What our own code refuses once the trainer runs (a data file's line, say) is as plain."""
+        with self._plain_refusals(of_any_class=False):
+            super()._run_subcommand(subcommand)
+
+    @contextlib.contextmanager
+    def _plain_refusals(self, *, of_any_class: bool) -> Iterator[None]:
+        """Turn refusals into their message; errors that may be bugs keep their traceback.
+
+        While classes are made, any class may refuse its arguments; later, fastrl's code alone.
+        """
+        try:
+            yield
         except (ValueError, FileNotFoundError) as error:
-            if os.environ.get("JSONARGPARSE_DEBUG") == "true":
+            refusal = _refusal(error)
+            is_refusal = of_any_class or _raising_module(refusal).startswith("fastrl")
+            if not is_refusal or os.environ.get("JSONARGPARSE_DEBUG") == "true":
                 raise
-            self.parser.exit(2, f"error: {_refusal(error)}\n{_DEBUG_HINT}\n")
+            self.parser.exit(2, f"error: {refusal}\n{_DEBUG_HINT}\n")
+
+    def _check_group_size(self) -> None:
+        """Before anything is generated; the algorithm would find out after the first rollouts."""
+        least, given = self.model.min_group_size, self.datamodule.group_size
+        if given < least:
+            raise ValueError(
+                f"group_size must be >= {least} to form a baseline for "
+                f"{type(self.model).__name__}, got {given}; set data.group_size, or use "
+                f"fastrl.modules.Reinforce with baseline: batch_mean"
+            )
 
     def predict(self, **kwargs: Any) -> None:
         """Lightning's, with the responses in `predictions.jsonl` in the run folder, a line each."""
@@ -136,6 +165,9 @@ class FastRLCLI(LightningCLI):
         """The trainer, with the callbacks of every run behind the configured ones."""
         config = self._get(self.config_init, "trainer")
         callbacks = _callbacks_of_every_run(config.callbacks or [], config.enable_progress_bar)
+        has_own = any(isinstance(callback, Checkpoint) for callback in config.callbacks or [])
+        if config.enable_checkpointing is not False and not has_own:
+            callbacks.append(StepCheckpoint())
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(**_TRAINER_FIXED, **kwargs)
 

@@ -322,6 +322,8 @@ class PolicySource(Protocol):
     """RL steps finished."""
     policy_version: int
     """Grows by one with every RL step that changed the weights."""
+    is_updating: bool
+    """Whether an update is under way, between whose ends the policy is of no version."""
     collect_features: bool
     """Set by whoever wants `take_features`: keep hidden states of the training forward."""
 

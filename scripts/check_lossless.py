@@ -27,7 +27,7 @@ from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.types import Prompt, Rollout, SamplingParams
 
 LARGEST_MARGIN = 1e-4
-"""Of a uniform to the nearest boundary of its token, beyond which rounding is no explanation."""
+"""Distance of a uniform from its token's interval beyond which rounding is no explanation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +67,16 @@ def load_prompts(check: Check) -> list[Prompt]:
 
 
 def margin(model: torch.nn.Module, rollout: Rollout, place: int, check: Check) -> float:
-    """Distance of a token's uniform from its cumulative distribution's nearest boundary."""
+    """How far a token's uniform lies outside the token's interval of the exact distribution."""
     tokens = torch.tensor([(*rollout.prompt.tokens, *rollout.tokens[:place])])
     with torch.no_grad():
         logits_V = model(tokens).logits[0, -1]
     cumulative_V = log_distribution(logits_V, check.sampling).double().exp().cumsum(-1)
     key = request_key(check.seed, 0, rollout.prompt.prompt_id, rollout.sample_index)
     uniform = position_uniforms(torch.tensor(key), torch.tensor(place))
-    return float((cumulative_V - uniform).abs().min())
+    token = rollout.tokens[place]
+    start, end = (cumulative_V[token - 1] if token else 0.0), cumulative_V[token]
+    return max(float(start - uniform), float(uniform - end), 0.0)
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:

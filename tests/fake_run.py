@@ -67,6 +67,7 @@ class FakePolicy(PolicyModule):
         self.weights = nn.Linear(1, 1)
         self.rl_step = 0
         self.policy_version = 0
+        self.is_updating = False
         self.interrupt_at = interrupt_at
         self.fail_at = fail_at
 
@@ -132,6 +133,7 @@ class FakeRollouts(RolloutDataModule):
         LightningDataModule.__init__(self)
         self.model_path = model_path
         self.num_steps = num_steps
+        self.group_size = 1
         self.was_closed = False
 
     def setup(self, stage: str) -> None:

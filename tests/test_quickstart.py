@@ -21,10 +21,17 @@ NUM_STEPS = 4
 
 
 class BatchRecorder(Callback):
-    """Keeps every training batch."""
+    """Keeps every training batch; can press Ctrl-C between a step's rollouts and its update."""
 
-    def __init__(self) -> None:
+    def __init__(self, interrupt_at: int | None = None) -> None:
         self.batches: list[RolloutBatch] = []
+        self.interrupt_at = interrupt_at
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: RolloutBatch, batch_idx: int
+    ) -> None:
+        if batch_idx == self.interrupt_at:
+            raise KeyboardInterrupt
 
     def on_train_batch_end(
         self,
@@ -44,9 +51,11 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-def run_quickstart(folder: Path, *options: str) -> tuple[FastRLCLI, BatchRecorder]:
+def run_quickstart(
+    folder: Path, *options: str, interrupt_at: int | None = None
+) -> tuple[FastRLCLI, BatchRecorder]:
     """The quickstart's YAML, smaller by command-line options."""
-    recorder = BatchRecorder()
+    recorder = BatchRecorder(interrupt_at)
 
     class RecordingCLI(FastRLCLI):
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -125,6 +134,42 @@ def test_speculation_changes_neither_tokens_nor_rewards_nor_weights(tmp_path: Pa
     theirs = weights(plain_cli)
     for name, tensor in weights(adaptive_cli).items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_resumed_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
+    """Ctrl-C in the third of four steps, then on: the same tokens, rewards and weights."""
+    undisturbed_cli, undisturbed = run_quickstart(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        run_quickstart(tmp_path / "first", interrupt_at=2)
+    (checkpoint,) = (tmp_path / "first").rglob("*.ckpt")
+    resumed_cli, resumed = run_quickstart(tmp_path / "second", f"--ckpt_path={checkpoint}")
+    assert [batch.rl_step for batch in resumed.batches] == [2, 3]
+    for ours, theirs in zip(resumed.batches, undisturbed.batches[2:], strict=True):
+        assert torch.equal(ours.tokens_BT, theirs.tokens_BT)
+        assert torch.equal(ours.rewards_B, theirs.rewards_B)
+    theirs = weights(undisturbed_cli)
+    for name, tensor in weights(resumed_cli).items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.init_args.group_size=1", "group_size must be >= 2 to form a baseline for GRPO"),
+        ("--model.init_args.model_path=nowhere", "folder 'nowhere' does not exist"),
+        ("--data.init_args.engine.init_args.drafter_path=nowhere", "nowhere has no config.json"),
+        ("--data.init_args.engine.init_args.strategy=8_4", "malformed strategy '8_4'"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_quickstart(tmp_path, option)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
 def test_validate_test_and_predict_run_on_held_out_prompts(

@@ -4,6 +4,7 @@ from fastrl.callbacks.drafter_training import DrafterTraining
 from fastrl.callbacks.progress_bar import RolloutProgressBar
 from fastrl.callbacks.rollout_metrics import RolloutMetrics
 from fastrl.callbacks.run_summary import RunSummary
+from fastrl.callbacks.step_checkpoint import StepCheckpoint
 from fastrl.callbacks.strategy_adaptation import StrategyAdaptation
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "RolloutMetrics",
     "RolloutProgressBar",
     "RunSummary",
+    "StepCheckpoint",
     "StrategyAdaptation",
 ]

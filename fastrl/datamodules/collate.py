@@ -41,10 +41,8 @@ def collate(
         timings: seconds by phase.
     """
     assert rollouts, "collate needs at least one rollout"
-    num_rows, num_columns = (
-        len(rollouts),
-        max(len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in rollouts),
-    )
+    num_rows = len(rollouts)
+    num_columns = max(len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in rollouts)
     tokens_BT = torch.full((num_rows, num_columns), pad_token_id, dtype=torch.int64)
     attention_mask_BT = torch.zeros((num_rows, num_columns), dtype=torch.bool)
     response_mask_BT = torch.zeros_like(attention_mask_BT)

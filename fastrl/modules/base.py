@@ -8,11 +8,12 @@ validation. Leaves out critics and sharding. Shape legend: fastrl/types.py.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning import LightningModule
@@ -71,6 +72,8 @@ class PolicyModule(LightningModule, ABC):
 
     policy: PreTrainedModel
     """The model under training, loaded in `configure_model`."""
+    min_group_size: ClassVar[int] = 1
+    """Fewest responses to a prompt that the algorithm's baseline needs."""
 
     def __init__(
         self,
@@ -108,6 +111,7 @@ class PolicyModule(LightningModule, ABC):
         self.automatic_optimization = False
         self.rl_step = 0
         self.policy_version = 0
+        self.is_updating = False
         self.collect_features = False
         self._features: dict[int, SequenceFeatures] = {}
         self._is_configured = False
@@ -142,6 +146,11 @@ class PolicyModule(LightningModule, ABC):
             raise ValueError(
                 f"the policy's weights must be float32, {rounded[0]} is not: small updates would "
                 f"round away; use trainer.precision 32-true or bf16-mixed"
+            )
+        if self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision 16-mixed scales the loss, and gradients would be clipped while "
+                "scaled; use bf16-mixed or 32-true"
             )
         for reference in self._reference:
             cast(nn.Module, reference).to(self.device)
@@ -182,6 +191,7 @@ class PolicyModule(LightningModule, ABC):
         ]
         rows = self._prepare(batch, lengths, mini_batches)
         metrics = UpdateMetrics()
+        self.is_updating = True
         for epoch in range(self.num_epochs):
             for mini_batch in mini_batches:
                 self._update(rows, mini_batch, batch.sampling, metrics, is_first_epoch=epoch == 0)
@@ -190,6 +200,7 @@ class PolicyModule(LightningModule, ABC):
         scheduler.step()
         self.rl_step += 1
         self.policy_version += 1
+        self.is_updating = False
         self._log_step(batch, {**metrics.result(), "lr": lr}, started_s)
 
     def _prepare(
@@ -289,7 +300,8 @@ class PolicyModule(LightningModule, ABC):
         if self.entropy_coef != 0:
             loss_BT = loss_BT - self.entropy_coef * entropy_BT
         metrics.add_tokens(values, micro.response_mask_BT)
-        metrics.add_max("ratio_max", (current_BT - old_BT).max().exp())
+        log_ratio_BT = torch.where(micro.response_mask_BT, current_BT - old_BT, -math.inf)
+        metrics.add_max("ratio_max", log_ratio_BT.max().exp())
         return (micro.weights_BT * loss_BT).sum()
 
     def _store_features(

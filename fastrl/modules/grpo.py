@@ -31,6 +31,8 @@ class GRPO(PolicyModule):
         kwargs: What every algorithm takes.
     """
 
+    min_group_size = 2
+
     def __init__(
         self,
         model_path: str,

@@ -131,8 +131,10 @@ class BucketedEpsilonGreedy(EpsilonGreedy):
         batch_thresholds: Smallest live batch of each bucket, ascending from 1; every bucket learns
             its own best arm.
         max_batch_sizes: Largest live batch at which trees of so many verify_tokens are tried, as a
-            map verify_tokens -> batch size (TLT's defaults: {48: 1, 32: 4, 16: 20}); trees it does
-            not name are tried while batch size * verify_tokens <= 2048.
+            map verify_tokens -> batch size; trees it does not name have TLT's: over 32 at batch 1,
+            over 16 up to 4, over 9 up to 20, smaller ones while batch size * verify_tokens <= 2048.
+        uses_median_rate: Rate an arm by the median of its steps' tokens per second, as published,
+            instead of mean accept length over median step time.
         epsilon: Share of decisions made at random, to notice that another arm has become the best.
         window_size: Newest steps, of each arm in each bucket, that count.
         min_tries: Steps each arm gets in a bucket before the best one is preferred.
@@ -144,14 +146,25 @@ class BucketedEpsilonGreedy(EpsilonGreedy):
         strategies: list[str],
         batch_thresholds: Sequence[int] = DEFAULT_BATCH_THRESHOLDS,
         max_batch_sizes: dict[int, int] | None = None,
+        uses_median_rate: bool = False,
         epsilon: float = 0.05,
         window_size: int = 100,
         min_tries: int = 3,
         seed: int = 0,
     ) -> None:
         super().__init__(strategies, batch_thresholds, epsilon, window_size, min_tries, seed)
+        self.uses_median_rate = uses_median_rate
+        for arm, strategy in enumerate(self.arms):
+            if not strategy.is_off:
+                self._max_batch[arm] = min(self._max_batch[arm], _published_limit(strategy))
         for verify_tokens, max_batch in (max_batch_sizes or {}).items():
             self._limit_group(verify_tokens, max_batch)
+
+    def _rates(self, bucket: int, arms: Sequence[int]) -> list[float]:
+        """Tokens per second, as published, or what EpsilonGreedy takes."""
+        if not self.uses_median_rate:
+            return super()._rates(bucket, arms)
+        return [self._windows[bucket][arm].median_tokens_per_second for arm in arms]
 
     def _limit_group(self, verify_tokens: int, max_batch: int) -> None:
         group = [i for i, arm in enumerate(self.arms) if arm.verify_tokens == verify_tokens]
@@ -162,6 +175,14 @@ class BucketedEpsilonGreedy(EpsilonGreedy):
             )
         for arm in group:
             self._max_batch[arm] = max_batch
+
+
+def _published_limit(strategy: DraftStrategy) -> float:
+    """Largest live batch of TLT's default groups, whose batches start at 1, 2, 5 and 21."""
+    for verify_tokens, max_batch in ((32, 1), (16, 4), (9, 20)):
+        if strategy.verify_tokens > verify_tokens:
+            return max_batch
+    return math.inf
 
 
 class UCB1(Bandit):

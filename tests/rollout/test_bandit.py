@@ -273,14 +273,48 @@ def test_beg_lets_a_group_of_trees_serve_its_bucket_and_all_smaller_batches() ->
     assert seen[21] == seen[200] == narrow
 
 
-@every_learner
-def test_no_step_verifies_more_than_2048_nodes_unless_told_so(make: Callable[[], Bandit]) -> None:
+@pytest.mark.parametrize("make", LEARNERS[1:], ids=["eg", "ucb1"])
+def test_no_step_verifies_more_than_2048_nodes(make: Callable[[], Bandit]) -> None:
     bandit, engine = make(), SimulatedEngine({WIDE: 0.99, NARROW: 0.9})
     played = play(bandit, engine, [42] * 60 + [43] * 60 + [256] * 60 + [257] * 60)
     assert played["42:8_4_48"]
     assert not played["43:8_4_48"]
     assert played["256:4_2_8"]
     assert played["257:off"] == 60
+
+
+def test_beg_tries_trees_at_the_published_batch_sizes_by_default() -> None:
+    strategies = ["8_4_48", "8_4_32", "8_4_16", "8_4_9"]
+    bandit = BucketedEpsilonGreedy(strategies, epsilon=1.0, min_tries=0)
+    engine = SimulatedEngine({})
+    engine.slowdown = dict.fromkeys(bandit.arms, 1.0)
+    for batch, expected in ((1, 4), (2, 3), (4, 3), (5, 2), (20, 2), (21, 1), (200, 1)):
+        played = {key.split(":")[1] for key in play(bandit, engine, [batch] * 200)}
+        assert played == {"off", *strategies[4 - expected :]}
+
+
+def test_the_published_rate_is_the_median_of_the_steps_tokens_per_second() -> None:
+    """Two of three steps of the tree are slow: by medians `off` wins, by means the tree."""
+
+    def best(uses_median_rate: bool) -> str:
+        bandit = BucketedEpsilonGreedy(
+            ["4_2_8"], [1], uses_median_rate=uses_median_rate, epsilon=0.0, min_tries=0
+        )
+        for accept_length in (1, 1, 4):
+            for strategy, tokens in ((DraftStrategy(4, 2, 8), accept_length), (OFF, 1)):
+                bandit.record(
+                    StepStats(
+                        strategy=strategy,
+                        batch_size=1,
+                        context_tokens=9,
+                        accept_lengths=(tokens,),
+                        seconds=1.0 if strategy.is_off else 1.25,
+                    )
+                )
+        return str(bandit.select(1, 9))
+
+    assert best(uses_median_rate=True) == "off"
+    assert best(uses_median_rate=False) == "4_2_8"
 
 
 @pytest.mark.parametrize(("keep", "turning_point"), [(1.0, 0.1318), (0.5, 0.1115)])
