@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -68,12 +68,15 @@ class SamplingParams:
                 raise ValueError(f"sampling: {expectation}, got {given}")
 
 
-_STRATEGY_SYNTAX = re.compile(r"(\d+)_(\d+)_(\d+)")
+_STRATEGY_SYNTAX = re.compile(r"(ngram_)?(\d+)_(\d+)_(\d+)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class DraftStrategy:
     """Shape of a draft tree, written `depth_topk_verifytokens` (`8_4_48`), or `off`.
+
+    With `ngram_` before it (`ngram_8_1_9`), the tree comes from tokens seen before rather than from
+    the learned drafter (rollout/drafters/ngram.py).
 
     `depth` draft steps, each expanding the `topk` best nodes into their `topk` best children; of
     all nodes drafted, the `verify_tokens - 1` most likely and the root are verified in one target
@@ -87,6 +90,8 @@ class DraftStrategy:
     """Children a node is expanded into, and nodes expanded a level."""
     verify_tokens: int
     """Nodes the target verifies in one forward, the root (the last sampled token) included."""
+    drafter: Literal["learned", "ngram"] = "learned"
+    """Who drafts."""
 
     def __post_init__(self) -> None:
         if self.depth == 0:
@@ -118,21 +123,22 @@ class DraftStrategy:
 
     @classmethod
     def parse(cls, text: str) -> DraftStrategy:
-        """Read `8_4_48` or `off`; raises ValueError naming the text and the syntax."""
+        """Read `8_4_48`, `ngram_8_1_9` or `off`; ValueError names the text and the syntax."""
         if text == "off":
             return OFF
         if not (match := _STRATEGY_SYNTAX.fullmatch(text)):
             raise ValueError(
                 f"malformed strategy {text!r}: write depth_topk_verifytokens, as in '8_4_48', "
-                f"or 'off'"
+                f"the same after 'ngram_', or 'off'"
             )
-        depth, topk, verify_tokens = map(int, match.groups())
+        depth, topk, verify_tokens = map(int, match.groups()[1:])
         if depth == 0:
             raise ValueError(f"malformed strategy {text!r}: plain decoding is written 'off'")
-        return cls(depth, topk, verify_tokens)
+        return cls(depth, topk, verify_tokens, "ngram" if match[1] else "learned")
 
     def _numbers(self) -> str:
-        return f"{self.depth}_{self.topk}_{self.verify_tokens}"
+        prefix = "ngram_" if self.drafter == "ngram" else ""
+        return f"{prefix}{self.depth}_{self.topk}_{self.verify_tokens}"
 
     def __str__(self) -> str:
         return "off" if self.is_off else self._numbers()
@@ -205,6 +211,11 @@ class StepStats:
     seconds: float
     """Wall time of drafting, verification and bookkeeping; prefills left out. Ends when the step's
     tokens are on the host: nothing is synchronized for it."""
+    offered_by_rank: tuple[tuple[int, ...], ...] = ()
+    """[depth][rank]: rows that accepted `depth` draft tokens and whose node there had a child of
+    that rank in the tree (a node's children rank from 0, the most likely first)."""
+    accepted_by_rank: tuple[tuple[int, ...], ...] = ()
+    """[depth][rank]: rows among them that accepted this very child; at most one rank a row."""
 
     @property
     def num_tokens(self) -> int:

@@ -13,6 +13,15 @@ def test_strategies_are_written_as_depth_topk_verify_tokens():
     assert str(OFF) == "off"
     assert OFF.is_off
     assert not strategy.is_off
+    assert strategy.drafter == "learned"
+
+
+def test_ngram_strategies_are_trees_of_another_drafter():
+    strategy = DraftStrategy.parse("ngram_8_1_9")
+    assert (strategy.depth, strategy.topk, strategy.verify_tokens) == (8, 1, 9)
+    assert strategy.drafter == "ngram"
+    assert str(strategy) == "ngram_8_1_9"
+    assert strategy != DraftStrategy.parse("8_1_9")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ class Acceptance:
     num_accepted_B: Tensor  # int64: draft tokens accepted; num_accepted + 1 tokens are emitted
     path_BP: Tensor  # int64: nodes from the root down; arbitrary after the first num_accepted + 1
     emitted_BP: Tensor  # int64: the token sampled at each of them; arbitrary after the same
+    ranks_BP: Tensor  # int64: the path's nodes' places among their siblings; arbitrary likewise
+    num_children_BP: Tensor  # int64: children that each of them has in the tree; likewise
 
 
 def accept(tree: DraftTree, sampled_BN: Tensor) -> Acceptance:
@@ -37,15 +39,26 @@ def accept(tree: DraftTree, sampled_BN: Tensor) -> Acceptance:
     """
     if tree.num_nodes == 1:
         zeros_BN = torch.zeros_like(sampled_BN)
-        return Acceptance(num_accepted_B=zeros_BN[:, 0], path_BP=zeros_BN, emitted_BP=sampled_BN)
+        return Acceptance(
+            num_accepted_B=zeros_BN[:, 0],
+            path_BP=zeros_BN,
+            emitted_BP=sampled_BN,
+            ranks_BP=zeros_BN,
+            num_children_BP=zeros_BN,
+        )
     confirmed_BN = sampled_BN.gather(1, tree.parents_BN) == tree.tokens_BN
     confirmed_BN[:, 0] = True
     accepted_BN = (confirmed_BN.unsqueeze(1) | ~tree.ancestors_BNN).all(-1)
     # The accepted nodes form one path, and node order is depth order along it.
     path_BP = accepted_BN.byte().sort(dim=-1, descending=True, stable=True).indices
     path_BP = path_BP[:, : tree.depth + 1]
+    parents_BC = tree.parents_BN[:, 1:]
+    num_children_BN = torch.zeros_like(sampled_BN)
+    num_children_BN.scatter_add_(1, parents_BC, torch.ones_like(parents_BC))
     return Acceptance(
         num_accepted_B=accepted_BN.sum(-1) - 1,
         path_BP=path_BP,
         emitted_BP=sampled_BN.gather(1, path_BP),
+        ranks_BP=tree.ranks_BN.gather(1, path_BP),
+        num_children_BP=num_children_BN.gather(1, path_BP),
     )

@@ -35,11 +35,12 @@ ranks, whose step times differ: there, one rank decides.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fastrl.rollout.bandit_base import DEFAULT_BATCH_THRESHOLDS, Bandit, BanditReport, BestArm
-from fastrl.types import DraftStrategy, StepStats
+from fastrl.rollout.engine import CostQuery
+from fastrl.types import OFF, DraftStrategy, StepStats
 
 __all__ = [
     "UCB1",
@@ -66,6 +67,7 @@ class FixedStrategy:
 
     def __init__(self, strategy: str = "off") -> None:
         self.strategy = DraftStrategy.parse(strategy)
+        self._is_excluded = False
 
     @property
     def strategies(self) -> tuple[DraftStrategy, ...]:
@@ -73,10 +75,21 @@ class FixedStrategy:
         return (self.strategy,)
 
     def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
-        """The strategy, whatever the batch."""
-        return self.strategy
+        """The strategy, whatever the batch; `off` while it is excluded."""
+        return OFF if self._is_excluded else self.strategy
 
     def record(self, stats: StepStats) -> None:
+        """Learns nothing."""
+
+    def exclude(self, strategies: Collection[DraftStrategy]) -> None:
+        """`off` in place of the strategy, while it cannot be run."""
+        self._is_excluded = self.strategy in strategies
+
+    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+        """None: nothing depends on costs."""
+        return ()
+
+    def record_cost(self, query: CostQuery, seconds: float) -> None:
         """Learns nothing."""
 
 

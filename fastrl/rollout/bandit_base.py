@@ -12,11 +12,12 @@ import statistics
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
+from fastrl.rollout.engine import CostQuery
 from fastrl.types import OFF, DraftStrategy, StepStats
 
 DEFAULT_BATCH_THRESHOLDS = (1, 2, 5, 9, 17, 33, 65)
@@ -139,6 +140,7 @@ class Bandit(ABC):
         """Steps recorded since their owner last took them; None keeps no journal."""
         self._max_batch: list[float] = [_node_limited_batch(arm) for arm in self.arms]
         self._arm_index = {arm: index for index, arm in enumerate(self.arms)}
+        self._excluded: set[DraftStrategy] = set()
         self._rng = random.Random(seed)
         self._windows = [[_Window(window_size) for _ in self.arms] for _ in self.batch_thresholds]
         self._mean_accept = [1.0] * len(self.arms)  # over all buckets, older steps fading
@@ -165,8 +167,24 @@ class Bandit(ABC):
         self._period_explored += is_exploring
         return self.arms[arm]
 
+    def exclude(self, strategies: Collection[DraftStrategy]) -> None:
+        """Choose none of these until told anew; `off` cannot be excluded."""
+        self._excluded = {arm for arm in self.arms if arm in strategies and not arm.is_off}
+
+    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+        """None: step times are learnt from rollouts."""
+        return ()
+
+    def record_cost(self, query: CostQuery, seconds: float) -> None:
+        """Raises ValueError: costs were not asked for."""
+        raise ValueError(f"bandit: {type(self).__name__} asked for no costs, got that of {query}")
+
     def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
-        candidates = [i for i, limit in enumerate(self._max_batch) if batch_size <= limit]
+        candidates = [
+            index
+            for index, limit in enumerate(self._max_batch)
+            if batch_size <= limit and self.arms[index] not in self._excluded
+        ]
         if len(candidates) == 1:
             return candidates[0], False
         if untried := self._untried[bucket].intersection(candidates):

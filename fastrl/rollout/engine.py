@@ -6,7 +6,7 @@ contract tests run over both. Nothing here imports Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +26,15 @@ class IdleWindow:
 IdleHook = Callable[[IdleWindow], None]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostQuery:
+    """A decode step whose time a strategy selector wants to know before it has to choose."""
+
+    strategy: DraftStrategy
+    batch_size: int
+    context_tokens: int
+
+
 @runtime_checkable
 class StrategySelector(Protocol):
     """Chooses the speculation strategy of each decode step."""
@@ -41,6 +50,18 @@ class StrategySelector(Protocol):
 
     def record(self, stats: StepStats) -> None:
         """Learn from a finished step."""
+        ...
+
+    def exclude(self, strategies: Collection[DraftStrategy]) -> None:
+        """Choose none of these until told anew: their drafter is not ready, or not healthy."""
+        ...
+
+    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+        """What it wants timed before the first rollout; empty if it learns from rollouts alone."""
+        ...
+
+    def record_cost(self, query: CostQuery, seconds: float) -> None:
+        """Learn what such a step took, median of a few."""
         ...
 
 

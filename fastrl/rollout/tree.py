@@ -25,6 +25,7 @@ class DraftTree:
     tokens_BN: Tensor  # int64; node 0 is the last sampled token
     parents_BN: Tensor  # int64: node index of the parent, less than the node's own; the root's is 0
     depths_BN: Tensor  # int64: 0 for the root
+    ranks_BN: Tensor  # int64: place among its siblings, the most likely being 0; the root's is 0
     ancestors_BNN: Tensor  # bool: [b, i, j] is whether j is i or an ancestor of i
     depth: int
     """Most levels below the root that any node may have."""
@@ -42,6 +43,7 @@ def root_only(root_tokens_B: Tensor) -> DraftTree:
         tokens_BN=root_tokens_B.unsqueeze(1),
         parents_BN=zeros,
         depths_BN=zeros,
+        ranks_BN=zeros,
         ancestors_BNN=torch.ones_like(zeros, dtype=torch.bool).unsqueeze(2),
         depth=0,
     )
@@ -115,6 +117,8 @@ class TreeBuilder:
             tokens_BN=torch.cat((self._root_tokens_B.unsqueeze(1), drafted_BC), dim=1),
             parents_BN=parents_BN,
             depths_BN=torch.cat((root_BN, level_C[chosen_BC]), dim=1),
+            # Every level lists its nodes' topk children node by node, in order of likelihood.
+            ranks_BN=torch.cat((root_BN, chosen_BC % self._topk), dim=1),
             ancestors_BNN=ancestors(parents_BN, depth),
             depth=depth,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastrl.datamodules.prompts import (
     split_disjoint,
 )
 from fastrl.datamodules.rewards import RewardFunction
-from fastrl.rollout.engine import IdleHook, StrategySelector
+from fastrl.rollout.engine import CostQuery, IdleHook, StrategySelector
 from fastrl.rollout.sampling import request_key
 from fastrl.types import (
     OFF,
@@ -40,6 +40,13 @@ class AlwaysOff:
         return OFF
 
     def record(self, stats: StepStats) -> None: ...
+
+    def exclude(self, strategies: Collection[DraftStrategy]) -> None: ...
+
+    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+        return ()
+
+    def record_cost(self, query: CostQuery, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)

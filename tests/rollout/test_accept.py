@@ -59,7 +59,7 @@ def emitted_distribution(tree: DraftTree, target: RandomTarget, vocab_size: int)
     batch = DraftTree(
         **{
             name: getattr(tree, name).expand(len(outcomes), *getattr(tree, name).shape[1:])
-            for name in ("tokens_BN", "parents_BN", "depths_BN", "ancestors_BNN")
+            for name in ("tokens_BN", "parents_BN", "depths_BN", "ranks_BN", "ancestors_BNN")
         },
         depth=tree.depth,
     )
@@ -114,6 +114,8 @@ def test_a_walk_by_hand():
     assert result.num_accepted_B.tolist() == [2]
     assert result.path_BP.tolist() == [[0, 1, 4]]
     assert result.emitted_BP.tolist() == [[4, 7, 2]]
+    assert result.ranks_BP.tolist() == [[0, 0, 1]]
+    assert result.num_children_BP.tolist() == [[2, 2, 0]]
 
 
 def test_a_confirmed_node_below_a_rejected_one_is_not_accepted():

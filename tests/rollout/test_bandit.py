@@ -354,6 +354,23 @@ def test_fixed_strategy_never_changes() -> None:
     assert set(play(FixedStrategy("8_4_48"), good_drafter(), [1, 64])) == {"1:8_4_48", "64:8_4_48"}
 
 
+@pytest.mark.parametrize("make", LEARNERS)
+def test_excluded_arms_are_not_chosen_until_told_anew(make) -> None:
+    bandit = make()
+    bandit.exclude([WIDE, NARROW])
+    assert {key.split(":")[1] for key in play(bandit, good_drafter(), [1] * 30)} == {"off"}
+    bandit.exclude([])
+    assert "8_4_48" in {key.split(":")[1] for key in play(bandit, good_drafter(), [1] * 30)}
+
+
+def test_an_excluded_fixed_strategy_gives_way_to_plain_decoding() -> None:
+    selector = FixedStrategy("8_4_48")
+    selector.exclude([DraftStrategy.parse("8_4_48")])
+    assert selector.select(1, 10) == OFF
+    selector.exclude([])
+    assert selector.select(1, 10) == DraftStrategy.parse("8_4_48")
+
+
 def test_selectors_satisfy_the_engine_protocol() -> None:
     selectors = (*(make() for make in LEARNERS), Predefined({1: "4_2_8"}), FixedStrategy("off"))
     assert all(isinstance(selector, StrategySelector) for selector in selectors)

@@ -84,6 +84,9 @@ def test_the_tree_holds_the_most_likely_nodes(depth, topk, num_nodes):
         assert set(paths[1:]) == naive_tree(draft, depth, topk, num_nodes)
         assert len(set(paths)) == num_nodes  # siblings differ
         assert [len(path) for path in paths] == tree.depths_BN[row].tolist()
+        for path, rank in zip(paths[1:], tree.ranks_BN[row, 1:].tolist(), strict=True):
+            logprobs = draft.logprobs(path[:-1])
+            assert rank == (logprobs > logprobs[path[-1]]).sum()
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -23,6 +23,9 @@ def tree_of(tokens: list[int], parents: list[int]) -> DraftTree:
         tokens_BN=torch.tensor([tokens]),
         parents_BN=torch.tensor([parents]),
         depths_BN=torch.tensor([depths]),
+        ranks_BN=torch.tensor(
+            [[0, *(parents[1:node].count(parents[node]) for node in range(1, num_nodes))]]
+        ),
         ancestors_BNN=ancestors,
         depth=max(depths),
     )

@@ -28,6 +28,7 @@ from fastrl.rollout.sampling import request_key
 from fastrl.rollout.torch_engine.drafting import Drafting, EagleDrafting
 from fastrl.rollout.torch_engine.generation import Generation
 from fastrl.rollout.torch_engine.kv_cache import KVCache
+from fastrl.rollout.torch_engine.profiling import step_seconds
 from fastrl.rollout.torch_engine.requests import EndOfResponse
 from fastrl.rollout.torch_engine.rows import Request
 from fastrl.rollout.torch_engine.target import TargetModel
@@ -187,11 +188,29 @@ class TorchEngine:
             raise ValueError("the engine has no weights: call load_policy before generate")
         for prompt in prompts:
             _check_prompt(prompt, loaded.target.max_context)
-        generation = Generation(
+        self._answer_cost_queries(loaded)
+        generation = self._generation(
+            loaded, self.strategy_selector, sampling, return_hidden_states=return_hidden_states
+        )
+        rollouts = generation.run(_requests(prompts, num_samples, seed, rl_step))
+        self._stats = generation.statistics.result(perf_counter() - started)
+        if self.on_idle is not None and self.others_generate():
+            self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
+        return rollouts
+
+    def _generation(
+        self,
+        loaded: _Loaded,
+        selector: StrategySelector,
+        sampling: SamplingParams,
+        *,
+        return_hidden_states: bool = False,
+    ) -> Generation:
+        return Generation(
             target=loaded.target,
             cache=loaded.cache,
             drafting=loaded.drafting,
-            selector=self.strategy_selector,
+            selector=selector,
             check_strategy=self._check_strategy,
             end=EndOfResponse(
                 loaded.tokenizer, loaded.eos_token_ids, sampling, loaded.target.max_context
@@ -200,11 +219,24 @@ class TorchEngine:
             policy_version=self._policy_version,
             return_hidden_states=return_hidden_states,
         )
-        rollouts = generation.run(_requests(prompts, num_samples, seed, rl_step))
-        self._stats = generation.statistics.result(perf_counter() - started)
-        if self.on_idle is not None and self.others_generate():
-            self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
-        return rollouts
+
+    def _answer_cost_queries(self, loaded: _Loaded) -> None:
+        """Time what the selector asks for; one that has been answered asks for nothing more."""
+
+        def run(
+            selector: StrategySelector, prompt: Prompt, num_samples: int, sampling: SamplingParams
+        ) -> None:
+            requests = _requests([prompt], num_samples, seed=0, rl_step=0)
+            self._generation(loaded, selector, sampling).run(requests)
+
+        for query in self.strategy_selector.cost_queries(self._max_batch_size):
+            seconds = step_seconds(
+                query,
+                vocab_size=loaded.target.config.vocab_size,
+                max_context=loaded.target.max_context,
+                run=run,
+            )
+            self.strategy_selector.record_cost(query, seconds)
 
     def _check_strategy(self, strategy: DraftStrategy) -> None:
         if strategy in self._known_strategies:

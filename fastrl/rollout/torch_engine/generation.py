@@ -48,6 +48,8 @@ class _Emitted:
     tokens: list[list[int]]
     logprobs: list[list[float]]
     num_accepted: list[int]
+    ranks: list[list[int]]
+    num_children: list[list[int]]
 
 
 class Generation:
@@ -182,6 +184,7 @@ class Generation:
         emitted = self._verify(tree, is_chain=strategy.topk == 1)
         reasons, num_taken = self._take(emitted, strategy)
         self.statistics.add_step(strategy, num_taken, emitted.num_accepted)
+        offered, accepted = _acceptance_by_rank(emitted, strategy)
         self._selector.record(
             StepStats(
                 strategy=strategy,
@@ -189,6 +192,8 @@ class Generation:
                 context_tokens=context_tokens,
                 accept_lengths=tuple(num_taken),
                 seconds=perf_counter() - started,
+                offered_by_rank=offered,
+                accepted_by_rank=accepted,
             )
         )
         return reasons
@@ -295,17 +300,41 @@ class Generation:
 
 def _to_host(accepted: Acceptance, logprobs_BP: Tensor) -> _Emitted:
     """All a step gave in one transfer; float64 holds tokens and float32 exactly."""
-    num_places = logprobs_BP.shape[1]
-    packed = torch.cat(
-        (
-            accepted.emitted_BP.double(),
-            logprobs_BP.double(),
-            accepted.num_accepted_B.double().unsqueeze(1),
-        ),
-        dim=1,
-    ).tolist()
-    return _Emitted(
-        tokens=[[int(token) for token in row[:num_places]] for row in packed],
-        logprobs=[row[num_places:-1] for row in packed],
-        num_accepted=[int(row[-1]) for row in packed],
+    parts = (
+        accepted.num_accepted_B.unsqueeze(1),
+        accepted.emitted_BP,
+        accepted.ranks_BP,
+        accepted.num_children_BP,
+        logprobs_BP,
     )
+    packed = torch.cat([part.double() for part in parts], dim=1).tolist()
+    num_places = logprobs_BP.shape[1]
+    tokens, ranks, children, logprobs = (
+        slice(1 + part * num_places, 1 + (part + 1) * num_places) for part in range(4)
+    )
+    return _Emitted(
+        tokens=[list(map(int, row[tokens])) for row in packed],
+        logprobs=[row[logprobs] for row in packed],
+        num_accepted=[int(row[0]) for row in packed],
+        ranks=[list(map(int, row[ranks])) for row in packed],
+        num_children=[list(map(int, row[children])) for row in packed],
+    )
+
+
+def _acceptance_by_rank(
+    emitted: _Emitted, strategy: DraftStrategy
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """`StepStats.offered_by_rank` and `accepted_by_rank` of a step."""
+    if strategy.is_off:
+        return (), ()
+    offered = [[0] * strategy.topk for _ in range(strategy.depth)]
+    accepted = [[0] * strategy.topk for _ in range(strategy.depth)]
+    for num_accepted, ranks, num_children in zip(
+        emitted.num_accepted, emitted.ranks, emitted.num_children, strict=True
+    ):
+        for depth in range(min(num_accepted + 1, strategy.depth)):
+            for rank in range(num_children[depth]):
+                offered[depth][rank] += 1
+            if depth < num_accepted:
+                accepted[depth][ranks[depth + 1]] += 1
+    return tuple(map(tuple, offered)), tuple(map(tuple, accepted))

@@ -1,10 +1,11 @@
 """Hand-written drafters and selectors for the engine."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from fastrl.rollout.engine import CostQuery
 from fastrl.rollout.torch_engine.rows import LiveRows
 from fastrl.rollout.tree import DraftTree, ancestors
 from fastrl.types import DraftStrategy, Rollout, SamplingParams, StepStats
@@ -24,6 +25,13 @@ class CyclingSelector:
 
     def record(self, stats: StepStats) -> None:
         self.recorded.append(stats)
+
+    def exclude(self, strategies: Collection[DraftStrategy]) -> None: ...
+
+    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+        return ()
+
+    def record_cost(self, query: CostQuery, seconds: float) -> None: ...
 
 
 class ScriptedDrafting:
@@ -65,6 +73,7 @@ class ScriptedDrafting:
             tokens_BN=tokens_BN,
             parents_BN=parents_BN,
             depths_BN=nodes_BN,
+            ranks_BN=torch.zeros_like(nodes_BN),
             ancestors_BNN=ancestors(parents_BN, depth),
             depth=depth,
         )

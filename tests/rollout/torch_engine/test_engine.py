@@ -155,6 +155,12 @@ def test_statistics_add_up(engine):
     assert stats.offered_by_depth[0] == stats.row_steps
     for depth in range(2):
         assert stats.offered_by_depth[depth + 1] == stats.accepted_by_depth[depth]
+    for depth in range(3):
+        by_rank = [sum(s.accepted_by_rank[depth][rank] for s in speculative) for rank in range(3)]
+        assert sum(by_rank) == stats.accepted_by_depth[depth]
+        offered = [sum(s.offered_by_rank[depth][rank] for s in speculative) for rank in range(3)]
+        assert stats.offered_by_depth[depth] >= offered[0] >= offered[1] >= offered[2]
+        assert all(a <= o for a, o in zip(by_rank, offered, strict=True))
     assert sum(r.num_verify_steps for r in rollouts) == stats.row_steps
     assert 0 < stats.draft_seconds < stats.seconds
 
