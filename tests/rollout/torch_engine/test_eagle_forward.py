@@ -147,6 +147,7 @@ def test_loaded_weights_are_served_after_a_refresh():
         )
         cache.reserve(1, 0)
         view = CausalView(cache, base_B=torch.tensor([0]), longest_base=0, num_tokens=1)
-        return forward(tokens_BT, hidden_BTD, torch.tensor([[0]]), view, 0)
+        with torch.inference_mode():
+            return forward(tokens_BT, hidden_BTD, torch.tensor([[0]]), view, 0)
 
     assert torch.equal(output(serve), output(fresh))
