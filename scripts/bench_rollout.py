@@ -31,7 +31,6 @@ from typing import Literal, Protocol
 import jsonargparse
 import torch
 import yaml
-from fastrl.rollout.model_bandit import ModelBased
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers_baselines import TRANSFORMERS_ARMS, TransformersArm
@@ -39,7 +38,7 @@ from transformers_baselines import TRANSFORMERS_ARMS, TransformersArm
 from fastrl.config_loader import load_yaml
 from fastrl.datamodules import ReasoningGymPrompts
 from fastrl.datamodules.chat_template import load_tokenizer, tokenize_questions
-from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit import BucketedEpsilonGreedy, FixedStrategy
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.types import DraftStrategy, Prompt, SamplingParams
@@ -59,7 +58,7 @@ class Bench:
     ckpt: str | None = None
     """Checkpoint of a run, whose policy and co-trained drafter take the folders' places."""
     arms: list[str] = field(
-        default_factory=lambda: [OFF, "2_1_3", "4_1_5", "6_1_7", "6_2_12", "ngram_6_1_7", ADAPTIVE]
+        default_factory=lambda: [OFF, "2_1_3", "4_1_5", "6_1_7", "6_2_12", ADAPTIVE]
     )
     """`off`, strategies, `adaptive`, and `hf_generate`, `hf_continuous`, `hf_assisted`
     (transformers' generate, continuous batching, and prompt-lookup assisted generation)."""
@@ -342,7 +341,7 @@ def run(bench: Bench) -> list[Figure]:
     torch.set_num_threads(bench.num_threads or len(os.sched_getaffinity(0)))
     model, drafter = load_weights(bench)
     prompts = load_prompts(bench)
-    bandit = ModelBased(fixed_strategies(bench)) if ADAPTIVE in bench.arms else None
+    bandit = BucketedEpsilonGreedy(fixed_strategies(bench)) if ADAPTIVE in bench.arms else None
     if bench.drafter is None and any(
         DraftStrategy.parse(name).drafter == "learned" for name in fixed_strategies(bench)
     ):
