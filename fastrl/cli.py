@@ -2,7 +2,7 @@
 
 A new algorithm, engine, drafter, reward or callback needs no registration: name its class in the
 YAML. The help of an option is the docstring of its field or argument. Unknown keys are errors. What
-belongs to every run (metrics, progress bar, summary) is added here and takes no keys.
+belongs to every run (metrics, samples, progress bar, summary) is added here and takes no keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from fastrl.callbacks import RolloutMetrics, RolloutProgressBar, RunSummary, StepCheckpoint
+from fastrl.callbacks import (
+    RolloutHistograms,
+    RolloutMetrics,
+    RolloutProgressBar,
+    RunSummary,
+    StepCheckpoint,
+    TextSamples,
+)
 from fastrl.config_loader import load_yaml
 from fastrl.datamodules import RolloutDataModule
 from fastrl.modules import PolicyModule
@@ -178,7 +185,14 @@ def _callbacks_of_every_run(
     """Metrics first, as the bar shows them; the summary last, as its table comes after the bar."""
     has_own_bar = any(isinstance(callback, ProgressBar) for callback in configured)
     shows_bar = enable_progress_bar is not False and not has_own_bar
-    return [RolloutMetrics(), *([RolloutProgressBar()] if shows_bar else []), RunSummary()]
+    has_own_samples = any(isinstance(callback, TextSamples) for callback in configured)
+    return [
+        RolloutMetrics(),
+        RolloutHistograms(),
+        *([] if has_own_samples else [TextSamples()]),
+        *([RolloutProgressBar()] if shows_bar else []),
+        RunSummary(),
+    ]
 
 
 def _refusal(error: BaseException) -> BaseException:

@@ -88,6 +88,9 @@ class RolloutDataModule(pl.LightningDataModule):
             command line.
     """
 
+    tokenizer: PreTrainedTokenizerBase
+    """Of the policy's model, loaded in `setup`."""
+
     def __init__(
         self,
         model_path: str,
@@ -147,15 +150,15 @@ class RolloutDataModule(pl.LightningDataModule):
         """Load and tokenize the prompts; the weights come later, after a checkpoint is restored."""
         if self._train_prompts:
             return
-        tokenizer = load_tokenizer(self.model_path)
-        self._pad_token_id = _pad_token_id(tokenizer)
+        self.tokenizer = load_tokenizer(self.model_path)
+        self._pad_token_id = _pad_token_id(self.tokenizer)
         splits = self.prompts.load()
         self.rewards.prepare()
         limit = min(self.max_prompt_tokens, _context_length(self.model_path) - 1)
         self._held_out_prompts, train_prompts = (
             tokenize_questions(
                 questions,
-                tokenizer,
+                self.tokenizer,
                 system_prompt=self.system_prompt,
                 max_prompt_tokens=limit,
                 split=split,
