@@ -40,8 +40,9 @@ class TransformersArm:
     ) -> None:
         self.accept_length = 1.0
         self._name, self._model, self._batch_size = name, model, batch_size
-        eos = model.generation_config.eos_token_id
-        self._eos = set() if sampling.ignore_eos else {*(eos if isinstance(eos, list) else [eos])}
+        eos = model.config.eos_token_id
+        ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self._eos = set() if sampling.ignore_eos else ids
         self._pad = tokenizer.pad_token_id or 0
         self._config = GenerationConfig(
             do_sample=sampling.temperature > 0,
