@@ -209,6 +209,16 @@ def test_the_progress_bar_can_be_turned_off(
     assert "RL step 3/3" not in capsys.readouterr().out
 
 
+def test_text_samples_are_on_and_ones_own_take_their_place(config: Path) -> None:
+    def intervals(*options: str) -> list[int]:
+        callbacks = FastRLCLI(["-c", str(config), *options], run=False).trainer.callbacks  # type: ignore[attr-defined]
+        return [c.every_n_steps for c in callbacks if isinstance(c, fastrl.callbacks.TextSamples)]
+
+    assert intervals() == [10]
+    own = "--trainer.callbacks+=fastrl.callbacks.TextSamples"
+    assert intervals(own, "--trainer.callbacks.every_n_steps=3") == [3]
+
+
 def test_predict_writes_a_line_a_response(config: Path, tmp_path: Path) -> None:
     main(["predict", "-c", str(config)])
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()

@@ -118,6 +118,25 @@ def test_the_quickstart_runs_and_shows_what_it_did(tmp_path: Path) -> None:
     assert list(tmp_path.glob("lightning_logs/version_*/checkpoints/*.ckpt"))
 
 
+def test_dumped_rollouts_are_those_that_were_trained_on(tmp_path: Path) -> None:
+    """As the README has it; the last file is compared, after the drafter was published."""
+    _, recorder = run_quickstart(
+        tmp_path, f"{CALLBACKS}+=fastrl.callbacks.RolloutDump", f"{CALLBACKS}.every_n_steps=3"
+    )
+    files = sorted(tmp_path.glob("lightning_logs/version_*/rollouts/*"))
+    assert [file.name for file in files] == ["step_000001.jsonl", "step_000004.jsonl"]
+    dumped = [json.loads(line) for line in files[1].read_text().splitlines()]
+    batch = recorder.batches[3]
+    assert len(dumped) == len(batch)
+    assert any(row["num_verify_steps"] for row in dumped)
+    for row, tokens_T, mask_T, reward in zip(
+        dumped, batch.tokens_BT, batch.response_mask_BT, batch.rewards_B.tolist(), strict=True
+    ):
+        assert row["tokens"] == tokens_T[mask_T].tolist()
+        assert row["reward"] == pytest.approx(reward)
+        assert 1 + sum(row["accept_lengths"]) == len(row["tokens"])  # the first is the prefill's
+
+
 def weights(cli: FastRLCLI) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in cli.model.policy_tensors()}
 
