@@ -63,8 +63,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint of plain values, after `check_intact`."""
         check_intact(_local(path))
-        return super().load_checkpoint(  # type: ignore[no-any-return]
-            path, map_location, weights_only=weights_only is not False
+        return super().load_checkpoint(
+            Path(path), map_location, weights_only=weights_only is not False
         )
 
 

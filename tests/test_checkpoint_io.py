@@ -94,7 +94,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_debris(
 def test_a_process_killed_while_saving_leaves_the_old_checkpoint(
     tmp_path: Path, moment: str
 ) -> None:
-    """SIGKILL once the new bytes are written, before the rename; then the next save goes through."""
+    """SIGKILL when the new bytes are written but not renamed; then the next save goes through."""
     path = save(tmp_path / "a.ckpt", step=1)
     program = f"""
 import os, signal, sys

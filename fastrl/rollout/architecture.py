@@ -1,4 +1,4 @@
-"""What a model is, in a few numbers of its configuration: which weights and states can belong to it.
+"""What a model is, in a few values of its configuration: which weights can belong to it.
 
 Leaves out the weights themselves, whose names and shapes are checked where they are loaded
 (weights.py).
