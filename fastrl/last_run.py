@@ -39,9 +39,12 @@ class LastRun:
         Raises ValueError if the checkpoint is damaged.
         """
         check_intact(self.checkpoint)
-        rl_step = torch.load(self.checkpoint, weights_only=True, mmap=True)["rl_step"]
+        checkpoint = torch.load(self.checkpoint, weights_only=True, mmap=True)
+        # A step saved before it was logged is logged again, if it was at all.
+        is_logged = not checkpoint["callbacks"].get("StepCheckpoint", {}).get("unlogged")
+        first_step = checkpoint["rl_step"] + is_logged
         root, version = self.folder.parent.parent, self.folder.name.removeprefix("version_")
-        return TensorBoardLogger(root, name=_LOGS, version=int(version), purge_step=rl_step + 1)
+        return TensorBoardLogger(root, name=_LOGS, version=int(version), purge_step=first_step)
 
 
 def find_last_run(root: str | Path, logger: Logger | list[Logger] | bool | None) -> LastRun | None:

@@ -48,6 +48,8 @@ class StepCheckpoint(Checkpoint):
         self._finished_step = 0  # RL step whose callbacks have all run
         self._is_validated = True  # whether the validation due after it, if one is, has ended
         self._saved: tuple[int, bool] | None = None  # the two of the last write
+        # What that step logs: to the loggers only after its hooks, and so after its checkpoint.
+        self._unlogged: dict[str, float] = {}
 
     # Hooks. Lightning calls a Checkpoint's after all other callbacks'.
 
@@ -62,6 +64,8 @@ class StepCheckpoint(Checkpoint):
         self._is_training = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._finished_step = cast(PolicySource, pl_module).rl_step
         self._saved = (self._finished_step, True)  # what a run starts from needs no saving
+        for logger in trainer.loggers if self._unlogged else ():
+            logger.log_metrics(self._unlogged, step=self._finished_step)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_validated = True
@@ -71,6 +75,7 @@ class StepCheckpoint(Checkpoint):
     ) -> None:
         self._signals.release()  # of the end of an epoch, whose counters no resumed run understands
         self._signals.hold()
+        self._unlogged = {}
 
     def on_train_batch_end(
         self,
@@ -82,6 +87,7 @@ class StepCheckpoint(Checkpoint):
     ) -> None:
         self._finished_step = cast(PolicySource, pl_module).rl_step
         self._is_validated = False
+        self._unlogged = _to_be_logged(trainer)
         if trainer.is_last_batch:
             return  # the end of the epoch follows, and its checkpoint; signals wait for that
         if self._finished_step % self.every_n_steps == 0:
@@ -89,6 +95,7 @@ class StepCheckpoint(Checkpoint):
         self._signals.release()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._unlogged = {}
         self._signals.release()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,6 +109,7 @@ class StepCheckpoint(Checkpoint):
             self._remove_old()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._unlogged = {}
         self._is_validated = True
         self._save(trainer, pl_module)
         self._is_training = False
@@ -118,6 +126,14 @@ class StepCheckpoint(Checkpoint):
             self._save(trainer, pl_module)
         if isinstance(exception, KeyboardInterrupt) and (self._folder / LAST).exists():
             rank_zero_info(f"go on with --ckpt_path last ({self._folder / LAST})")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the saved step logs after it is saved."""
+        return {"unlogged": self._unlogged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        self._unlogged = state_dict["unlogged"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -168,6 +184,15 @@ class StepCheckpoint(Checkpoint):
         )
         for path in paths[: len(paths) - self.keep]:
             path.unlink()
+
+
+def _to_be_logged(trainer: Trainer) -> dict[str, float]:
+    """The step's metrics, which Lightning hands to the loggers once all hooks have run."""
+    connector = trainer._logger_connector  # trainer.logged_metrics holds older ones as well
+    if not connector.should_update_logs:
+        return {}
+    metrics = connector.metrics["log"]
+    return {name: float(value) for name, value in metrics.items() if name != "step"}
 
 
 def _finished(progress: dict[str, Any]) -> int:
