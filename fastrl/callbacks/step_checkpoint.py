@@ -121,7 +121,7 @@ class StepCheckpoint(Checkpoint):
         if not self._is_training:
             return
         if reason := self._reason_not_to_save(cast(PolicySource, pl_module), exception):
-            rank_zero_warn(f"no checkpoint is written, the last one stands: {reason}")
+            rank_zero_warn(f"no checkpoint is written, what was saved before stands: {reason}")
         elif self._saved != (self._finished_step, self._is_validated):
             self._save(trainer, pl_module)
         if isinstance(exception, KeyboardInterrupt) and (self._folder / LAST).exists():
