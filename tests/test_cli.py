@@ -236,3 +236,16 @@ def test_an_interrupt_closes_the_run_and_exits_with_130(config: Path, tmp_path: 
 def test_a_failing_run_keeps_its_traceback(config: Path) -> None:
     with pytest.raises(ValueError, match="this step fails"):
         main(["fit", "-c", str(config), "--model.init_args.fail_at=2"])
+
+
+def test_numbers_that_are_not_finite_end_a_run_with_one_message_and_status_1(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: Any) -> None:
+        raise FloatingPointError("RL step 0: loss nan, first w")
+
+    monkeypatch.setattr("tests.fake_run.FakePolicy.training_step", explode)
+    assert exit_code(["fit", "-c", str(config)]) == 1
+    error = capsys.readouterr().err
+    assert "error: RL step 0: loss nan, first w" in error
+    assert "Traceback" not in error

@@ -2,6 +2,7 @@
 
 from fastrl.callbacks.drafter_training import DrafterTraining
 from fastrl.callbacks.progress_bar import RolloutProgressBar
+from fastrl.callbacks.random_state import RandomState
 from fastrl.callbacks.rollout_dump import RolloutDump
 from fastrl.callbacks.rollout_histograms import RolloutHistograms
 from fastrl.callbacks.rollout_metrics import RolloutMetrics
@@ -12,6 +13,7 @@ from fastrl.callbacks.text_samples import TextSamples
 
 __all__ = [
     "DrafterTraining",
+    "RandomState",
     "RolloutDump",
     "RolloutHistograms",
     "RolloutMetrics",

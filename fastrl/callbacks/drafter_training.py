@@ -187,7 +187,17 @@ class DrafterTraining(Callback):
         )
         optimizer.zero_grad(set_to_none=True)
         result.loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(drafter.parameters(), _MAX_GRAD_NORM, error_if_nonfinite=True)
+        gradients = {n: p.grad for n, p in drafter.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(list(gradients.values()))
+        if not (norm + result.loss.detach()).isfinite():
+            culprits = [name for name, grad in gradients.items() if not grad.isfinite().all()]
+            raise FloatingPointError(
+                f"DrafterTraining, after RL step {max(f.rl_step for f in sequences)}: loss "
+                f"{result.loss.item():g}, gradient norm {norm.item():g}, first non-finite gradient "
+                f"{culprits[:1] or 'none'}. The drafter is that before this step; lower the "
+                f"callback's learning_rate, and resume with --ckpt_path last"
+            )
+        nn.utils.clip_grads_with_norm_(drafter.parameters(), _MAX_GRAD_NORM, norm)
         optimizer.step()
         self._losses.append(_loss_values(result))
 

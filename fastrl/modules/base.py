@@ -18,10 +18,12 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
+from fastrl.modules import checkpoint_header
 from fastrl.modules.loading import check_model_folder, load_causal_lm
 from fastrl.modules.logprobs import response_logprobs
 from fastrl.modules.micro_batches import (
@@ -376,12 +378,19 @@ class PolicyModule(LightningModule, ABC):
     # ---- checkpoint ------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the counters beside the weights."""
+        """Store the counters beside the weights, and what they are the weights of."""
+        checkpoint[checkpoint_header.KEY] = checkpoint_header.make_header(
+            type(self), self.policy.config
+        )
         checkpoint["rl_step"] = self.rl_step
         checkpoint["policy_version"] = self.policy_version
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters."""
+        """Refuse another run's checkpoint, before its weights are loaded; restore the counters."""
+        is_resume = self.trainer.state.fn == TrainerFn.FITTING
+        checkpoint_header.check_header(
+            checkpoint, type(self), self.policy.config, is_resume=is_resume
+        )
         self.rl_step = checkpoint["rl_step"]
         self.policy_version = checkpoint["policy_version"]
 

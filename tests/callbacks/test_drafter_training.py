@@ -307,6 +307,21 @@ def test_a_closed_window_allows_no_step(drafter_path: str) -> None:
     assert rows == [[0], [0], [0]]
 
 
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_culprit(drafter_path: str) -> None:
+    """Hidden states of the policy's that are no numbers; the drafter keeps its weights."""
+    callback = small_callback()
+
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if pl_module.rl_step == 2:
+                pl_module.policy.lm_head.weight.data.fill_(torch.inf)
+
+    with pytest.raises(FloatingPointError, match=r"after RL step 2: loss nan.*\['fc\.weight'\]"):
+        fit(callback, drafter_path, 4, others=[Poison()])
+    drafter, _ = callback._learner()
+    assert all(weight.isfinite().all() for _, weight in drafter.named_weights())
+
+
 def test_hook_and_feature_collection_end_with_the_fit(drafter_path: str) -> None:
     engine, module = fit(small_callback(), drafter_path, 1)
     assert engine.on_idle is None
