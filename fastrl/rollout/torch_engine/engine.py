@@ -25,7 +25,7 @@ from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector
 from fastrl.rollout.sampling import request_key
-from fastrl.rollout.torch_engine.drafting import Drafting, EagleDrafting
+from fastrl.rollout.torch_engine.drafting import EagleDrafting
 from fastrl.rollout.torch_engine.generation import Generation
 from fastrl.rollout.torch_engine.kv_cache import KVCache
 from fastrl.rollout.torch_engine.profiling import step_seconds
@@ -44,7 +44,7 @@ class _Loaded:
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
     drafter: EagleDrafter | None
-    drafting: Drafting | None
+    drafting: EagleDrafting | None
 
 
 class TorchEngine:
@@ -124,10 +124,12 @@ class TorchEngine:
 
     def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the drafter's trainable weights, by copy."""
-        drafter = self._started().drafter
-        if drafter is None:
+        loaded = self._started()
+        drafter, drafting = loaded.drafter, loaded.drafting
+        if drafter is None or drafting is None:
             raise ValueError("load_drafter: the engine has no drafter; set engine.drafter_path")
         drafter.load_weights(named_tensors, source=f"publication {version}")
+        drafting.refresh()
         self._drafter_version = version
 
     def stats(self) -> EngineStats:
