@@ -62,7 +62,7 @@ class DrafterHealth:
 
     def record(self, stats: StepStats) -> None:
         """Look at a decode step; those of other drafters, and of none, show nothing."""
-        if stats.strategy.is_off or stats.strategy.drafter != "learned" or self.failure:
+        if not stats.strategy.needs_learned_drafter or self.failure is not None:
             return
         num_accepted = sum(stats.accepted_by_rank[0])
         self._steps.append((stats.batch_size, num_accepted))

@@ -173,7 +173,7 @@ class SuffixIndex:
                 continue
             occurrence = newest.get(hash(tail[-order:]), -1)
             if occurrence >= 0:
-                places = []
+                places: list[int] = []
                 while occurrence >= 0 and len(places) < MAX_OCCURRENCES:
                     places.append(self._places[occurrence])
                     occurrence = older[occurrence]

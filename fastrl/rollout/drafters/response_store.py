@@ -1,4 +1,4 @@
-"""The last responses to each prompt, kept for the n-gram drafter: bounded, oldest prompts first out.
+"""The last responses to each prompt, for the n-gram drafter: bounded, oldest prompts out first.
 
 What a prompt was answered last time is the best guess at how it is answered now: policies change
 slowly. Leaves out how it is used (ngram.py).

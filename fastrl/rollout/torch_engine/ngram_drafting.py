@@ -16,7 +16,7 @@ import torch
 from fastrl.rollout.drafters.ngram import SuffixIndex, TokenTree
 from fastrl.rollout.drafters.response_store import ResponseStore
 from fastrl.rollout.torch_engine.rows import LiveRows, Request
-from fastrl.rollout.tree import DraftTree, ancestors, root_only
+from fastrl.rollout.tree import DraftTree, ancestors, chain, root_only
 from fastrl.types import DraftStrategy, Prompt
 
 
@@ -87,7 +87,7 @@ class NgramDrafting:
             return root_only(rows.last_tokens())
         for tree in trees:
             tree.pad(num_nodes, depth=depth, topk=strategy.topk)
-        return _stack(trees, depth, rows.tokens_BS.device)
+        return _stack(trees, depth, strategy.topk, rows.tokens_BS.device)
 
     def _draft_row(self, request: Request, strategy: DraftStrategy) -> TokenTree:
         group = self._groups[id(request.prompt)]
@@ -100,8 +100,10 @@ class NgramDrafting:
         )
 
 
-def _stack(trees: list[TokenTree], depth: int, device: torch.device) -> DraftTree:
+def _stack(trees: list[TokenTree], depth: int, topk: int, device: torch.device) -> DraftTree:
     """Equally large trees as tensors; one transfer."""
+    if topk == 1:
+        return chain(torch.tensor([tree.tokens for tree in trees]).to(device))
     lists = [[tree.tokens, tree.parents, tree.depths, tree.ranks] for tree in trees]
     tokens_BN, parents_BN, depths_BN, ranks_BN = torch.tensor(lists).to(device).unbind(1)
     return DraftTree(
