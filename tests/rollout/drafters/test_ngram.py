@@ -133,8 +133,8 @@ def test_trees_hold_the_most_likely_of_all_paths(seed, vocab_size):
         paths = [tree.path(node) for node in range(1, len(tree))]
         assert [everything[path][1] for path in paths] == tree.ranks[1:]
         best = sorted((score for score, _ in everything.values()), reverse=True)
-        assert sorted((everything[path][0] for path in paths), reverse=True) == (
-            best[: num_nodes - 1]
+        assert (
+            sorted((everything[path][0] for path in paths), reverse=True) == (best[: num_nodes - 1])
         )
 
 
