@@ -1,8 +1,8 @@
 """Logs what rollouts and drafter did in each RL step, and where the step's time went.
 
-Groups `rollout/`, `drafter/` (acceptance, failures), `reward/failures`, `time/`; and, for the progress bar,
-reward, accept length and tokens a second. Leaves out what others log: rewards and the update
-(PolicyModule), the drafter's training, the bandit. Always on: FastRLCLI adds it.
+Groups `rollout/`, `drafter/` (acceptance, failures), `reward/failures`, `time/`; and, for the
+progress bar, reward, accept length and tokens a second. Leaves out what others log: rewards and the
+update (PolicyModule), the drafter's training, the bandit. Always on: FastRLCLI adds it.
 """
 
 from __future__ import annotations
