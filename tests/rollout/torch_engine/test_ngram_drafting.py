@@ -79,6 +79,7 @@ def test_a_batch_with_nothing_to_draft_is_plain_decoding():
     for strategy in ("ngram_4_1_5", "ngram_3_3_10"):
         tree = drafting_of(*rows).draft(rows_of(*rows), DraftStrategy.parse(strategy))
         assert tree.num_nodes == 1
+        assert tree.is_chain  # verified without tree mask, nothing to move
         assert tree.tokens_BN.tolist() == [[7], [8]]
 
 
