@@ -28,6 +28,7 @@ STATS = EngineStats(
     accepted_tokens=40,
     offered_by_depth=(25, 10, 0),
     accepted_by_depth=(10, 5, 0),
+    drafter_failures=("version 3: weights", "version 4: weights"),
 )
 
 
@@ -49,6 +50,7 @@ def test_rollout_scalars_match_hand_worked_figures() -> None:
         "rollout/spec_steps_share": 0.75,
         "rollout/prefill_share": 0.25,
         "rollout/draft_share": 0.125,
+        "drafter/failures": 2,
         "reward/failures": 1,
     }
 

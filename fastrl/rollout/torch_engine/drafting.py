@@ -49,6 +49,10 @@ class Drafting(Protocol):
         """A tree for each live row."""
         ...
 
+    def is_finite(self) -> bool:
+        """Whether the last draft was made of numbers; waits for the device."""
+        ...
+
     def release(self) -> None:
         """Give back cache memory."""
         ...
@@ -69,6 +73,7 @@ class EagleDrafting:
         self._forward = EagleForward(drafter, target.embedding)
         self._cache = self._new_cache(num_rows)
         self._lengths = [0] * num_rows  # pairs cached, by row
+        self._last_hidden_BD = torch.zeros(0)  # after the last sampled tokens, of the last draft
 
     def _new_cache(self, num_rows: int) -> KVCache:
         return KVCache(
@@ -83,6 +88,7 @@ class EagleDrafting:
     def refresh(self) -> None:
         """Serve the drafter's weights as they now are."""
         self._forward.refresh()
+        self._last_hidden_BD = torch.zeros(0)
 
     def prefill(self, tokens_BT: Tensor, hidden_BTD: Tensor, lengths: list[int]) -> list[Tensor]:
         """Read the pairs of prompts in scratch cache rows; the entries of each."""
@@ -105,6 +111,10 @@ class EagleDrafting:
         self._cache.copy_row(source, target, self._lengths[source])
         self._lengths[target] = self._lengths[source]
 
+    def is_finite(self) -> bool:
+        """Whether the last draft was made of numbers; waits for the device."""
+        return bool(self._last_hidden_BD.isfinite().all())
+
     def release(self) -> None:
         """Give back the cache's memory."""
         self._cache.release()
@@ -114,7 +124,8 @@ class EagleDrafting:
         # Room for the tree's scratch entries, and for the padding of rows that catch up less.
         width = max(strategy.depth * strategy.topk, _CATCH_UP_PAIRS)
         self._cache.reserve(rows.longest + width, len(rows))
-        hidden_BKD = self._catch_up(rows).unsqueeze(1)
+        self._last_hidden_BD = self._catch_up(rows)
+        hidden_BKD = self._last_hidden_BD.unsqueeze(1)
         window = DraftWindow(
             self._cache,
             base_B=rows.lengths_B[: len(rows)],

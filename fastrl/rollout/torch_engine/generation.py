@@ -25,6 +25,7 @@ from fastrl.rollout.sampling import log_distribution, position_uniforms, sample_
 from fastrl.rollout.torch_engine.cache_views import CausalView, TreeView
 from fastrl.rollout.torch_engine.drafting import Drafting
 from fastrl.rollout.torch_engine.kv_cache import KVCache
+from fastrl.rollout.torch_engine.ngram_drafting import NgramDrafting
 from fastrl.rollout.torch_engine.prefill import PromptState, prefill
 from fastrl.rollout.torch_engine.requests import EndOfResponse
 from fastrl.rollout.torch_engine.rows import LiveRows, Request
@@ -59,7 +60,8 @@ class Generation:
     Args:
         target: with weights.
         cache: of the target, for as many rows as may live at once.
-        drafting: None: no speculation.
+        drafting: of learned strategies; None: there are none.
+        ngram_drafting: of n-gram strategies; made for this call.
         selector: asked before each step, told after it.
         check_strategy: raises for a strategy that cannot run here.
         end: ends responses.
@@ -74,6 +76,7 @@ class Generation:
         target: TargetModel,
         cache: KVCache,
         drafting: Drafting | None,
+        ngram_drafting: NgramDrafting,
         selector: StrategySelector,
         check_strategy: Callable[[DraftStrategy], None],
         end: EndOfResponse,
@@ -84,6 +87,7 @@ class Generation:
         self._target = target
         self._cache = cache
         self._drafting = drafting
+        self._ngram_drafting = ngram_drafting
         self._selector = selector
         self._check_strategy = check_strategy
         self._end = end
@@ -124,6 +128,7 @@ class Generation:
             for request, state, token_B, token, logprob in zip(
                 batch, states, tokens_B, tokens_B.tolist(), logprobs_B.tolist(), strict=True
             ):
+                self._ngram_drafting.admit(request)
                 _, reason = self._end.take(request, [token], [logprob])
                 if reason is None:
                     self._start_row(request, state, token_B)
@@ -200,10 +205,14 @@ class Generation:
         return reasons
 
     def _draft(self, strategy: DraftStrategy) -> DraftTree:
-        if strategy.is_off or self._drafting is None:
+        if strategy.is_off:
             return root_only(self._rows.last_tokens())
         started = perf_counter()
-        tree = self._drafting.draft(self._rows, strategy, self._sampling)
+        if strategy.drafter == "ngram":
+            tree = self._ngram_drafting.draft(self._rows, strategy)
+        else:
+            assert self._drafting is not None, "check_strategy refuses what cannot be drafted"
+            tree = self._drafting.draft(self._rows, strategy, self._sampling)
         self.statistics.draft_seconds += perf_counter() - started
         return tree
 
