@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastrl.cli import main
 from fastrl.last_run import find_last_run
+from fastrl.types import RolloutBatch
+from tests.fake_run import FakePolicy
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +72,28 @@ def test_the_same_command_goes_on_with_an_interrupted_run(
         }
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["rl_step"] == 7
+
+
+def test_a_step_saved_before_it_was_logged_is_logged_by_the_resumed_run(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the fourth update stops in the step's last hook: saved, and not yet logged."""
+    step = FakePolicy.training_step
+
+    def press(self: FakePolicy, batch: RolloutBatch, batch_idx: int) -> None:
+        step(self, batch, batch_idx)
+        if self.rl_step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    fit = ["fit", *command]
+    with monkeypatch.context() as patch:
+        patch.setattr(FakePolicy, "training_step", press)
+        assert exit_code(fit) == 130
+    (run,) = tmp_path.glob("lightning_logs/*")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["rl_step"] == 4
+    assert logged(run)["rollout/num_tokens"] == [1, 2, 3]
+    main(fit)
+    assert logged(run)["rollout/num_tokens"] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_path_begins_a_new_folder(command: list[str], tmp_path: Path) -> None:

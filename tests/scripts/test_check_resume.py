@@ -27,6 +27,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_killed_and_resumed_quickstart_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     """Two kills of one run; policy, optimizer, schedule, drafter and every step's log are equal."""
