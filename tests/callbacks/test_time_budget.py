@@ -110,6 +110,10 @@ def test_unused_time_is_not_hoarded() -> None:
         run_rl_step(budget, clock, others=8.0, step_seconds=lambda: 0.25, max_steps=0)
     num_steps, spent = run_rl_step(budget, clock, others=8.0, step_seconds=lambda: 0.25)
     assert (num_steps, spent.seconds) == (8, 2.0)
+    for _ in range(100):
+        run_rl_step(budget, clock, others=8.0, step_seconds=lambda: 0.25, max_steps=0)
+    late, _ = run_rl_step(budget, clock, others=8.0, step_seconds=lambda: 0.25, opening=4.0)
+    assert late == 0  # the evaluation alone took the share, and one step's savings
 
 
 def test_an_overrun_comes_off_the_next_budget() -> None:
