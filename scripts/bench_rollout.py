@@ -38,8 +38,9 @@ from transformers_baselines import TRANSFORMERS_ARMS, TransformersArm
 from fastrl.config_loader import load_yaml
 from fastrl.datamodules import ReasoningGymPrompts
 from fastrl.datamodules.chat_template import load_tokenizer, tokenize_questions
-from fastrl.rollout.bandit import BucketedEpsilonGreedy, FixedStrategy
+from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.model_bandit import ModelBased
 from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.types import DraftStrategy, Prompt, SamplingParams
 
@@ -341,7 +342,7 @@ def run(bench: Bench) -> list[Figure]:
     torch.set_num_threads(bench.num_threads or len(os.sched_getaffinity(0)))
     model, drafter = load_weights(bench)
     prompts = load_prompts(bench)
-    bandit = BucketedEpsilonGreedy(fixed_strategies(bench)) if ADAPTIVE in bench.arms else None
+    bandit = ModelBased(fixed_strategies(bench)) if ADAPTIVE in bench.arms else None
     if bench.drafter is None and any(
         DraftStrategy.parse(name).drafter == "learned" for name in fixed_strategies(bench)
     ):
