@@ -5,6 +5,7 @@ One that names no model is laid over another: `quickstart_off` over `quickstart`
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from fastrl.callbacks import DrafterTraining
+from fastrl.callbacks.feature_buffer import BufferSettings
 from fastrl.cli import FastRLCLI, main
 from fastrl.datamodules import RolloutDataModule
 from fastrl.modules import PolicyModule
@@ -106,6 +109,18 @@ def test_a_control_differs_from_the_quickstart_in_what_it_is_to_control(
     assert only_in_base == {
         key for key in base if name == "off" and key.startswith("trainer.callbacks.")
     }
+
+
+def test_the_buffers_settings_are_read_from_yaml(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "trainer:\n  callbacks:\n    - class_path: fastrl.callbacks.DrafterTraining\n"
+        "      init_args: {buffer: {max_tokens: 4096, recency_half_life: .inf}}\n"
+    )
+    cli = FastRLCLI(["-c", "configs/quickstart.yaml", "-c", str(overlay)], run=False)
+    (training,) = (c for c in cli.trainer.callbacks if isinstance(c, DrafterTraining))
+    settings = training.buffer.settings
+    assert settings == BufferSettings(max_tokens=4096, recency_half_life=math.inf)
 
 
 def test_the_quickstart_has_under_100_keys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,10 +98,12 @@ def test_the_quickstart_runs_and_shows_what_it_did(tmp_path: Path) -> None:
     for name in (
         *("reward/mean", "policy/loss", "policy/entropy", "policy/grad_norm"),
         *("rollout/tokens_per_s", "rollout/accept_length", "rollout/response_length_max"),
-        *("drafter/loss", "drafter/version", "bandit/arm_share_off", "bandit/explore_share"),
+        *("drafter/num_steps", "drafter/time_share", "drafter/held_out_acceptance_depth_1"),
+        *("drafter/version", "bandit/arm_share_off", "bandit/explore_share"),
         *("time/rollout", "time/update", "time/drafter", "time/step"),
     ):
         assert steps[name] == list(range(1, NUM_STEPS + 1)), name
+    assert "drafter/loss" in steps  # of steps that had time for training
     assert "drafter/acceptance_rate" in steps
     assert "drafter/accept_depth_1" in steps
     assert steps["reward/held_out"] == [0, NUM_STEPS]

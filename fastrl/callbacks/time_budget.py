@@ -1,22 +1,22 @@
 """Keeps the drafter's training at the batch's end within a share of the RL step's wall time.
 
-The step's time is all of it: rollouts, update, and the training itself. One more optimizer step is
-taken only if, by what the last ones took, it ends within the share; so does what follows it, the
-publication. Between RL steps,
+The step's time is all of it: rollouts, update, and co-training itself, its evaluation and its
+publication included. One more optimizer step is taken only if it ends within the share, taking as
+long as the median of the last few: a stall foretells no other. Between RL steps,
 
     balance += share * step seconds - seconds spent
 
-is kept within [-share * step seconds, one optimizer step]. A debt, left by a step that took
-longer than predicted, comes off the next RL step's budget. Savings are drawn on only for an RL
-step's first optimizer step: one too long for a single RL step's share is taken once a few have
-saved up for it. So, predictions holding, an RL step never takes more than its share but for such an
-optimizer step, and a run takes at most its share and one optimizer step.
+is kept within [-share * step seconds, one optimizer step]. Debt, left by what was not foreseen and
+by the publication, comes off the next RL step's time. Savings are drawn on only for an RL step's
+first optimizer step: one too long for a single RL step's share is taken once a few have saved up
+for it.
 
 Leaves out what is trained, and idle time, which costs the run nothing.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,8 +26,7 @@ from typing import Any
 
 from fastrl.callbacks.step_clock import Clock, StepClock
 
-_STEPS_REMEMBERED = 4
-_CLOSINGS_REMEMBERED = 16  # not every RL step publishes
+_STEPS_REMEMBERED = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +62,9 @@ class TimeBudget:
         self._clock = clock
         self._step_clock = StepClock(clock)
         self._opened_at = clock()
-        self._last_step_ended_at = self._opened_at
         self._has_stepped = False
         self._balance = 0.0
         self._step_seconds: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
-        self._closing_seconds: deque[float] = deque(maxlen=_CLOSINGS_REMEMBERED)
 
     def resume(self) -> None:
         """Count the RL step's time from here: at training's start, and after validation."""
@@ -75,33 +72,31 @@ class TimeBudget:
 
     def open(self) -> None:
         """Co-training has the RL step from here on, to `close`."""
-        self._opened_at = self._last_step_ended_at = self._clock()
+        self._opened_at = self._clock()
         self._has_stepped = False
 
     def has_room(self) -> bool:
-        """Whether one more optimizer step ends within the share, as the last ones went."""
+        """Whether one more optimizer step ends within the share, by what the last ones took."""
         if self.share is None:
             return True
-        needed = self._predicted_step() + max(self._closing_seconds, default=0.0)
         balance = min(self._balance, 0.0) if self._has_stepped else self._balance
-        spent = self._clock() - self._opened_at
-        return spent + needed <= self.share * (self._step_clock.seconds() + needed) + balance
+        predicted = self._predicted_step()
+        spent = self._clock() - self._opened_at + predicted
+        return spent <= self.share * (self._step_clock.seconds() + predicted) + balance
 
     @contextmanager
     def optimizer_step(self) -> Iterator[None]:
         """Time an optimizer step, of idle time too: it ends when its losses are on the host."""
         start = self._clock()
         yield
-        self._last_step_ended_at = self._clock()
-        self._step_seconds.append(self._last_step_ended_at - start)
+        self._step_seconds.append(self._clock() - start)
         self._has_stepped = True
 
     def close(self) -> SpentTime:
         """End the RL step: what it took, and what the next one owes or may draw on."""
-        now = self._clock()
-        if self._has_stepped:
-            self._closing_seconds.append(now - self._last_step_ended_at)
-        spent = SpentTime(seconds=now - self._opened_at, step_seconds=self._step_clock.lap())
+        spent = SpentTime(
+            seconds=self._clock() - self._opened_at, step_seconds=self._step_clock.lap()
+        )
         if self.share is not None:
             earned = self.share * spent.step_seconds
             balance = self._balance + earned - spent.seconds
@@ -109,18 +104,13 @@ class TimeBudget:
         return spent
 
     def _predicted_step(self) -> float:
-        return max(self._step_seconds, default=0.0)
+        return statistics.median(self._step_seconds) if self._step_seconds else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The balance, and what predictions rest on."""
-        return {
-            "balance": self._balance,
-            "step_seconds": list(self._step_seconds),
-            "closing_seconds": list(self._closing_seconds),
-        }
+        return {"balance": self._balance, "step_seconds": list(self._step_seconds)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
         self._balance = state["balance"]
         self._step_seconds = deque(state["step_seconds"], maxlen=_STEPS_REMEMBERED)
-        self._closing_seconds = deque(state["closing_seconds"], maxlen=_CLOSINGS_REMEMBERED)
