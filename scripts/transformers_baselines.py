@@ -11,12 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fastrl.types import Prompt, SamplingParams
 
 TRANSFORMERS_ARMS = ("hf_generate", "hf_continuous", "hf_assisted")
 _LOOKUP_TOKENS = 6
+_CACHE_SHARE = 0.1
+"""Of free memory, for continuous batching's cache; by default it takes nearly all."""
 
 
 class TransformersArm:
@@ -87,7 +94,10 @@ class TransformersArm:
 
     def _continuous(self, requests: list[list[int]]) -> list[list[int]]:
         outputs = self._model.generate_batch(
-            inputs=requests, generation_config=self._config, progress_bar=False
+            inputs=requests,
+            generation_config=self._config,
+            continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=_CACHE_SHARE),
+            progress_bar=False,
         )
         return [output.generated_tokens for output in outputs.values()]
 
