@@ -1,23 +1,47 @@
 """What speculation gained over plain decoding, measured: by bucket of batch sizes and by arm.
 
-A gain is the seconds that `off` would have needed for the tokens that steps yielded, over the
-seconds that those steps took. What `off` needs is its own tracked time at each step's batch size,
-never an acceptance length; bandits run a control step of `off` now and then to keep it true. Means
-go with means: tracked times are medians, so that of `off` is raised to its mean by how its own
-steps differ from it. A step counts for three times the usual at most: a hiccup of the machine would
-else decide short periods.
+The gain of an arm is the tokens that its steps yield a row, times the seconds that a step of `off`
+takes in units of its own. The latter are told from pairs: steps of the two that followed one
+another, at nearly the same batch size, context and load of the machine; bandits run a control step
+of `off` now and then to have such pairs. So neither acceptance lengths, nor other times, nor the
+machine's hiccups pose as a gain. Gains of several arms or buckets are means over the seconds spent.
 
-Leaves out how times are tracked (`cost_model.py`, `bandit_windows.py`).
+Leaves out how times are tracked for choosing (`cost_model.py`, `bandit_windows.py`).
 """
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_MOST_PAIRS = 31
+"""Newest pairs of an arm in a bucket, whose median counts."""
+_FEWEST_PAIRS = 3
 _LONGEST = 3.0
-_EXCESS_PERIOD_KEEP = 0.5
-_EXCESS_PRIOR_STEPS = 5.0
+"""Most that a step weighs, in units of the usual: a hiccup would else decide a short period."""
+
+
+class _ArmSums:
+    """Of an arm's steps in a bucket."""
+
+    __slots__ = ("num_steps", "seconds", "tokens_per_row", "usual_off")
+
+    def __init__(
+        self,
+        num_steps: int = 0,
+        tokens_per_row: float = 0.0,
+        seconds: float = 0.0,
+        usual_off: float = 0.0,
+    ) -> None:
+        self.num_steps = num_steps
+        self.tokens_per_row = tokens_per_row
+        self.seconds = seconds
+        self.usual_off = usual_off  # usual seconds of `off` over the arm's
+
+    def as_list(self) -> list[float]:
+        return [self.num_steps, self.tokens_per_row, self.seconds, self.usual_off]
 
 
 class GainMeter:
@@ -31,19 +55,18 @@ class GainMeter:
     def __init__(self, num_buckets: int, num_arms: int) -> None:
         self._num_buckets = num_buckets
         self._num_arms = num_arms
-        # Mean over median of the seconds of `off`: of this period and fading ones before.
-        self._excess_steps = self._excess_sum = 0.0
+        # Seconds of `off` over those of an arm, as pairs showed it.
+        self._pairs = [
+            [deque[float](maxlen=_MOST_PAIRS) for _ in range(num_arms)] for _ in range(num_buckets)
+        ]
+        self._last: list[tuple[int, float] | None] = [None] * num_buckets
         self.start_period()
 
     def start_period(self) -> None:
         """Sum from here on."""
-        self._excess_steps *= _EXCESS_PERIOD_KEEP
-        self._excess_sum *= _EXCESS_PERIOD_KEEP
-        self._steps = [0] * self._num_buckets
         self._rows = [0] * self._num_buckets
         self._tokens = [0] * self._num_buckets
-        self._seconds = [[0.0] * self._num_arms for _ in range(self._num_buckets)]
-        self._off_seconds = [[0.0] * self._num_arms for _ in range(self._num_buckets)]
+        self._sums = [[_ArmSums() for _ in range(self._num_arms)] for _ in range(self._num_buckets)]
 
     def add(
         self,
@@ -55,57 +78,71 @@ class GainMeter:
         usual_seconds: float,
         off_seconds: float,
     ) -> None:
-        """A step, and what it and a step of `off` in its place usually take."""
-        seconds = min(seconds, _LONGEST * usual_seconds)
-        self._steps[bucket] += 1
+        """A step, and what it and a step of `off` in its place usually take.
+
+        The latter serve to compare neighbours of different batch sizes, and while pairs are few.
+        """
+        self._add_pair(bucket, arm, seconds / off_seconds)
         self._rows[bucket] += rows
         self._tokens[bucket] += num_tokens
-        self._seconds[bucket][arm] += seconds
-        self._off_seconds[bucket][arm] += num_tokens / rows * off_seconds
-        if arm == 0:
-            self._excess_steps += 1
-            self._excess_sum += seconds / usual_seconds
+        sums = self._sums[bucket][arm]
+        sums.num_steps += 1
+        sums.tokens_per_row += num_tokens / rows
+        sums.seconds += min(seconds, _LONGEST * usual_seconds)
+        sums.usual_off += off_seconds / usual_seconds
 
-    @property
-    def _excess(self) -> float:
-        prior = _EXCESS_PRIOR_STEPS
-        return (prior + self._excess_sum) / (prior + self._excess_steps)
+    def _add_pair(self, bucket: int, arm: int, relative_seconds: float) -> None:
+        """Seconds are relative to what `off` usually takes at the step's batch size."""
+        last = self._last[bucket]
+        self._last[bucket] = (arm, relative_seconds)
+        if last is None:
+            return
+        last_arm, last_seconds = last
+        if arm == 0 and last_arm:
+            self._pairs[bucket][last_arm].append(relative_seconds / last_seconds)
+        elif arm and last_arm == 0:
+            self._pairs[bucket][arm].append(last_seconds / relative_seconds)
 
     @property
     def buckets(self) -> list[int]:
         """Those with steps in the period."""
-        return [bucket for bucket, num_steps in enumerate(self._steps) if num_steps]
+        return [bucket for bucket, rows in enumerate(self._rows) if rows]
 
     def batch_size(self, bucket: int) -> int:
         """Mean rows of the period's steps in such a bucket, rounded."""
-        return round(self._rows[bucket] / self._steps[bucket])
+        return round(self._rows[bucket] / sum(sums.num_steps for sums in self._sums[bucket]))
 
     def tokens_per_second(self, bucket: int) -> float:
         """Of the whole batch together, over the period's steps in such a bucket."""
-        return self._tokens[bucket] / sum(self._seconds[bucket])
+        return self._tokens[bucket] / sum(sums.seconds for sums in self._sums[bucket])
 
     def arm_gains(self, bucket: int) -> dict[int, float]:
         """By arm run in the bucket this period: tokens a second over those of `off`."""
-        return {
-            arm: self._excess * off_seconds / seconds
-            for arm, (seconds, off_seconds) in enumerate(
-                zip(self._seconds[bucket], self._off_seconds[bucket], strict=True)
-            )
-            if seconds
-        }
+        gains = {}
+        for arm, sums in enumerate(self._sums[bucket]):
+            if sums.num_steps:
+                pairs = self._pairs[bucket][arm]
+                is_paired = len(pairs) >= _FEWEST_PAIRS
+                off = statistics.median(pairs) if is_paired else sums.usual_off / sums.num_steps
+                gains[arm] = off * sums.tokens_per_row / sums.num_steps
+        return gains
 
     def gain(self, buckets: Sequence[int]) -> float:
         """Over all the period's steps in such buckets; 1 without any."""
-        spent = sum(sum(self._seconds[bucket]) for bucket in buckets)
-        needed = sum(sum(self._off_seconds[bucket]) for bucket in buckets)
-        return self._excess * needed / spent if spent else 1.0
+        spent = needed = 0.0
+        for bucket in buckets:
+            for arm, gain in self.arm_gains(bucket).items():
+                seconds = self._sums[bucket][arm].seconds
+                spent += seconds
+                needed += seconds * gain
+        return needed / spent if spent else 1.0
 
     def expected_gain(self, bucket: int, arm_gains: Mapping[int, float]) -> float | None:
         """What the period's seconds in a bucket would have gained by these gains of the arms.
 
         None without a step of any of them.
         """
-        spent = {arm: self._seconds[bucket][arm] for arm in arm_gains}
+        spent = {arm: self._sums[bucket][arm].seconds for arm in arm_gains}
         total = sum(spent.values())
         return sum(spent[arm] * gain for arm, gain in arm_gains.items()) / total if total else None
 
@@ -116,7 +153,7 @@ class GainMeter:
             arm_gains_by_bucket: what is believed of every arm, now that the period is over.
         """
         return sum(
-            self._seconds[bucket][arm] * (1 - gain / max(arm_gains.values()))
+            self._sums[bucket][arm].seconds * (1 - gain / max(arm_gains.values()))
             for bucket, arm_gains in arm_gains_by_bucket.items()
             for arm, gain in arm_gains.items()
         )
@@ -124,24 +161,24 @@ class GainMeter:
     @property
     def total_seconds(self) -> float:
         """Of the period's steps."""
-        return sum(map(sum, self._seconds))
+        return sum(sums.seconds for by_arm in self._sums for sums in by_arm)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in plain numbers and lists."""
         return {
-            "excess": [self._excess_steps, self._excess_sum],
-            "steps": list(self._steps),
+            "pairs": [[list(pairs) for pairs in by_arm] for by_arm in self._pairs],
+            "last": [None if last is None else list(last) for last in self._last],
             "rows": list(self._rows),
             "tokens": list(self._tokens),
-            "seconds": [list(row) for row in self._seconds],
-            "off_seconds": [list(row) for row in self._off_seconds],
+            "sums": [[sums.as_list() for sums in by_arm] for by_arm in self._sums],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        self._excess_steps, self._excess_sum = state["excess"]
-        self._steps = list(state["steps"])
+        self._pairs = [
+            [deque(pairs, maxlen=_MOST_PAIRS) for pairs in by_arm] for by_arm in state["pairs"]
+        ]
+        self._last = [None if last is None else (last[0], last[1]) for last in state["last"]]
         self._rows = list(state["rows"])
         self._tokens = list(state["tokens"])
-        self._seconds = [list(row) for row in state["seconds"]]
-        self._off_seconds = [list(row) for row in state["off_seconds"]]
+        self._sums = [[_ArmSums(*sums) for sums in by_arm] for by_arm in state["sums"]]
