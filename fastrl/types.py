@@ -121,6 +121,11 @@ class DraftStrategy:
         """Whether this is plain decoding."""
         return self.depth == 0
 
+    @property
+    def needs_learned_drafter(self) -> bool:
+        """Whether a trained drafter drafts it: neither plain decoding nor n-grams."""
+        return self.depth > 0 and self.drafter == "learned"
+
     @classmethod
     def parse(cls, text: str) -> DraftStrategy:
         """Read `8_4_48`, `ngram_8_1_9` or `off`; ValueError names the text and the syntax."""
@@ -248,6 +253,8 @@ class EngineStats:
     (whether or not the pruned tree had a node below the accepted one)."""
     accepted_by_depth: tuple[int, ...] = ()
     """Those among them that accepted a draft token at depth d + 1."""
+    drafter_failures: tuple[str, ...] = ()
+    """Learned drafters found bad during the call, or since the one before: which, and why."""
 
     @property
     def accept_length(self) -> float:

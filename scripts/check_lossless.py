@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 
 import jsonargparse
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
+from fastrl.config_loader import load_yaml
 from fastrl.datamodules import ReasoningGymPrompts
 from fastrl.datamodules.chat_template import load_tokenizer, tokenize_questions
 from fastrl.model_files import resolve_model
@@ -88,6 +90,7 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
 
 def main() -> None:
     """Generate with each strategy, compare, print a table."""
+    jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
     check: Check = jsonargparse.auto_cli(Check)
     folder = resolve_model(check.model)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -86,6 +86,15 @@ class FakePolicy(PolicyModule):
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
+    def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.weights.named_parameters()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rl_step"] = self.rl_step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.rl_step = checkpoint["rl_step"]
+
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> None:
         if self.rl_step + 1 == self.interrupt_at:
             raise KeyboardInterrupt

@@ -209,6 +209,16 @@ def test_the_progress_bar_can_be_turned_off(
     assert "RL step 3/3" not in capsys.readouterr().out
 
 
+def test_text_samples_are_on_and_ones_own_take_their_place(config: Path) -> None:
+    def intervals(*options: str) -> list[int]:
+        callbacks = FastRLCLI(["-c", str(config), *options], run=False).trainer.callbacks  # type: ignore[attr-defined]
+        return [c.every_n_steps for c in callbacks if isinstance(c, fastrl.callbacks.TextSamples)]
+
+    assert intervals() == [10]
+    own = "--trainer.callbacks+=fastrl.callbacks.TextSamples"
+    assert intervals(own, "--trainer.callbacks.every_n_steps=3") == [3]
+
+
 def test_predict_writes_a_line_a_response(config: Path, tmp_path: Path) -> None:
     main(["predict", "-c", str(config)])
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
@@ -226,3 +236,16 @@ def test_an_interrupt_closes_the_run_and_exits_with_130(config: Path, tmp_path: 
 def test_a_failing_run_keeps_its_traceback(config: Path) -> None:
     with pytest.raises(ValueError, match="this step fails"):
         main(["fit", "-c", str(config), "--model.init_args.fail_at=2"])
+
+
+def test_numbers_that_are_not_finite_end_a_run_with_one_message_and_status_1(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: Any) -> None:
+        raise FloatingPointError("RL step 0: loss nan, first w")
+
+    monkeypatch.setattr("tests.fake_run.FakePolicy.training_step", explode)
+    assert exit_code(["fit", "-c", str(config)]) == 1
+    error = capsys.readouterr().err
+    assert "error: RL step 0: loss nan, first w" in error
+    assert "Traceback" not in error

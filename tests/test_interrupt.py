@@ -1,4 +1,7 @@
-"""Ctrl-C during a real run, with its engine and its reward workers: a clean stop, nothing left."""
+"""A real run, with its engine and its reward workers, stopped by signals: nothing is left of it.
+
+Ctrl-C and SIGTERM are clean stops, after which a resumed run goes on; SIGKILL ends the workers too.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from fastrl.checkpoint_io import AtomicCheckpointIO
 from tests.rollout.tiny_models import make_target
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 20.0
+sys.path.insert(0, str(ROOT / "scripts"))
 
-
-def processes_of_session(session: int) -> list[int]:
-    """Living processes of a session, zombies that nobody has waited for left out."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _parent, _group, its_session = stat.read_text().rpartition(")")[2].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
-            continue
-        if int(its_session) == session and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+from check_resume import processes_of_session, wait_for_orphans  # noqa: E402
 
 
 def write_run(folder: Path) -> Path:
@@ -65,9 +58,9 @@ def write_run(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_ctrl_c_stops_a_run_cleanly_and_leaves_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastrl", "fit", "-c", str(write_run(tmp_path))]
+def run_until_third_step(folder: Path, send: Callable[[int], None]) -> tuple[int, str, list[int]]:
+    """Exit status, output, and the processes that are left after `send` got the run's id."""
+    command = [sys.executable, "-m", "fastrl", "fit", "-c", str(write_run(folder))]
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -84,14 +77,44 @@ def test_ctrl_c_stops_a_run_cleanly_and_leaves_no_process(tmp_path: Path) -> Non
             if line.startswith("RL step 3/"):
                 break
         assert len(processes_of_session(run.pid)) > 1, output
-        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        send(run.pid)
         output += run.stdout.read()
-    assert run.returncode == 130, output
+    return run.returncode, output, wait_for_orphans(run.pid)
+
+
+def to_group(number: signal.Signals) -> Callable[[int], None]:
+    return lambda pid: os.killpg(pid, number)
+
+
+def to_main(number: signal.Signals) -> Callable[[int], None]:
+    return lambda pid: os.kill(pid, number)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("send", "status"),
+    [
+        pytest.param(to_group(signal.SIGINT), 130, id="Ctrl-C, as a terminal sends it"),
+        pytest.param(to_main(signal.SIGTERM), 143, id="SIGTERM to the process"),
+        pytest.param(to_group(signal.SIGTERM), 143, id="SIGTERM to its workers too"),
+    ],
+)
+def test_a_signal_stops_a_run_cleanly_and_leaves_a_checkpoint_and_no_process(
+    tmp_path: Path, send: Callable[[int], None], status: int
+) -> None:
+    returncode, output, left = run_until_third_step(tmp_path, send)
+    assert returncode == status, output
     assert "Traceback" not in output
-    deadline = time.monotonic() + PATIENCE_S
-    while (left := processes_of_session(run.pid)) and time.monotonic() < deadline:
-        time.sleep(0.05)  # the fork server ends when it sees that its parent has
     assert left == []
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert summary["num_steps"] >= 2  # the third may have been shown, but not yet counted
+    checkpoint = AtomicCheckpointIO().load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert checkpoint["rl_step"] == summary["num_steps"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_sigkill_of_the_main_process_leaves_no_worker(tmp_path: Path) -> None:
+    returncode, _, left = run_until_third_step(tmp_path, to_main(signal.SIGKILL))
+    assert returncode == -signal.SIGKILL
+    assert left == []

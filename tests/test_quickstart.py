@@ -98,10 +98,12 @@ def test_the_quickstart_runs_and_shows_what_it_did(tmp_path: Path) -> None:
     for name in (
         *("reward/mean", "policy/loss", "policy/entropy", "policy/grad_norm"),
         *("rollout/tokens_per_s", "rollout/accept_length", "rollout/response_length_max"),
-        *("drafter/loss", "drafter/version", "bandit/arm_share_off", "bandit/explore_share"),
+        *("drafter/num_steps", "drafter/time_share", "drafter/held_out_acceptance_depth_1"),
+        *("drafter/version", "bandit/arm_share_off", "bandit/explore_share"),
         *("time/rollout", "time/update", "time/drafter", "time/step"),
     ):
         assert steps[name] == list(range(1, NUM_STEPS + 1)), name
+    assert "drafter/loss" in steps  # of steps that had time for training
     assert "drafter/acceptance_rate" in steps
     assert "drafter/accept_depth_1" in steps
     assert steps["reward/held_out"] == [0, NUM_STEPS]
@@ -116,6 +118,25 @@ def test_the_quickstart_runs_and_shows_what_it_did(tmp_path: Path) -> None:
         assert summary[name] >= 1, name
     assert summary["seconds"] > 0
     assert list(tmp_path.glob("lightning_logs/version_*/checkpoints/*.ckpt"))
+
+
+def test_dumped_rollouts_are_those_that_were_trained_on(tmp_path: Path) -> None:
+    """As the README has it; the last file is compared, after the drafter was published."""
+    _, recorder = run_quickstart(
+        tmp_path, f"{CALLBACKS}+=fastrl.callbacks.RolloutDump", f"{CALLBACKS}.every_n_steps=3"
+    )
+    files = sorted(tmp_path.glob("lightning_logs/version_*/rollouts/*"))
+    assert [file.name for file in files] == ["step_000001.jsonl", "step_000004.jsonl"]
+    dumped = [json.loads(line) for line in files[1].read_text().splitlines()]
+    batch = recorder.batches[3]
+    assert len(dumped) == len(batch)
+    assert any(row["num_verify_steps"] for row in dumped)
+    for row, tokens_T, mask_T, reward in zip(
+        dumped, batch.tokens_BT, batch.response_mask_BT, batch.rewards_B.tolist(), strict=True
+    ):
+        assert row["tokens"] == tokens_T[mask_T].tolist()
+        assert row["reward"] == pytest.approx(reward)
+        assert 1 + sum(row["accept_lengths"]) == len(row["tokens"])  # the first is the prefill's
 
 
 def weights(cli: FastRLCLI) -> dict[str, torch.Tensor]:

@@ -25,6 +25,13 @@ def test_ngram_strategies_are_trees_of_another_drafter():
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"), [("8_1_9", True), ("ngram_8_1_9", False), ("off", False)]
+)
+def test_only_learned_trees_need_a_learned_drafter(text, expected):
+    assert DraftStrategy.parse(text).needs_learned_drafter is expected
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("8_4", "malformed strategy '8_4': write depth_topk_verifytokens"),

@@ -1,10 +1,11 @@
 """Co-trains the engine's EAGLE drafter with the policy, and publishes it to the engine.
 
-After each RL step the hidden states of the policy's own training forward go into a buffer; the
-drafter takes optimizer steps on rows drawn from it, in the engine's idle time (`on_idle`) and, for
-what is left of the step's budget, at the batch's end. Every few RL steps a copy of its weights goes
-to the engine, so training that was not published never changes serving. Embedding and LM head stay
-the policy's.
+After each RL step the hidden states of the policy's own training forward first tell how good the
+drafter is on sequences it has not seen, by depth (drafter_evaluation.py); then they go into a
+buffer. The drafter takes optimizer steps on rows drawn from it, in the engine's idle time
+(`on_idle`) and, for what is left of the step's budget (a number of steps, a share of its time, or
+both), at the batch's end. Every few RL steps a copy of its weights goes to the engine, so training
+that was not published never changes serving. Embedding and LM head stay the policy's.
 
 Leaves out several ranks (each would train, and publish, a drafter of its own).
 """
@@ -20,7 +21,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastrl.callbacks.feature_buffer import FeatureBuffer
+from fastrl.callbacks.drafter_evaluation import held_out_metrics
+from fastrl.callbacks.feature_buffer import BufferSettings, FeatureBuffer
+from fastrl.callbacks.time_budget import SpentTime, TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loss import EagleLoss, eagle_loss
 from fastrl.rollout.drafters.packing import pack_sequences
@@ -36,6 +39,8 @@ class _RolloutSource(Protocol):
     """What this callback asks of the datamodule."""
 
     engine: RolloutEngine
+    seed: int
+    """The run's."""
 
     def ensure_started(self) -> None:
         """Start the engine if it is not running."""
@@ -45,32 +50,42 @@ class _RolloutSource(Protocol):
 class DrafterTraining(Callback):
     """Trains the drafter along with the policy.
 
+    Without `max_step_share` a run is reproducible to the last bit. With it the number of optimizer
+    steps depends on timing, and so do the drafter's weights; tokens, losses and the policy do not,
+    since drafts decide only how fast a response comes.
+
     Args:
         learning_rate: of AdamW, constant; a tiny drafter takes 3e-3.
-        steps_per_batch: optimizer steps an RL step; those of idle time count, and may exceed it.
+        steps_per_batch: most optimizer steps an RL step; those of idle time count, and may exceed
+            it. 0 leaves the drafter frozen, idle time aside; null: only max_step_share limits.
+        max_step_share: most of an RL step's wall time that co-training at the batch's end takes,
+            in (0, 1); null: only steps_per_batch limits.
         tokens_per_step: pairs of one optimizer step, packed without padding; bounds its memory.
-        buffer_tokens: tokens kept for training; each takes 4 bytes × hidden size of host memory.
-        publish_every_n_steps: RL steps between publications to the engine.
+        buffer: how much is kept for training, and what is drawn more often; null: the defaults.
+        publish_every_n_steps: RL steps between publications to the engine, of what has been
+            trained since the last.
         hidden_loss_weight: of SmoothL1 on hidden states, against 1 for cross-entropy; drafts feed
             the drafter its own hidden states, so a low weight costs accept length deep in a tree.
-        seed: of the random draws from the buffer.
     """
 
     def __init__(
         self,
         learning_rate: float = 1e-4,
-        steps_per_batch: int = 16,
+        steps_per_batch: int | None = 16,
+        max_step_share: float | None = None,
         tokens_per_step: int = 2048,
-        buffer_tokens: int = 65_536,
+        buffer: BufferSettings | None = None,
         publish_every_n_steps: int = 10,
         hidden_loss_weight: float = 10.0,
-        seed: int = 0,
     ) -> None:
         checks = (
             (learning_rate > 0, "learning_rate must be > 0", learning_rate),
-            (steps_per_batch >= 0, "steps_per_batch must be >= 0", steps_per_batch),
+            (
+                steps_per_batch is None or steps_per_batch >= 0,
+                "steps_per_batch must be >= 0, or null",
+                steps_per_batch,
+            ),
             (tokens_per_step >= 1, "tokens_per_step must be >= 1", tokens_per_step),
-            (buffer_tokens >= 1, "buffer_tokens must be >= 1", buffer_tokens),
             (
                 publish_every_n_steps >= 1,
                 "publish_every_n_steps must be >= 1",
@@ -81,20 +96,28 @@ class DrafterTraining(Callback):
         for is_valid, expectation, given in checks:
             if not is_valid:
                 raise ValueError(f"DrafterTraining: {expectation}, got {given}")
+        if steps_per_batch is None and max_step_share is None:
+            raise ValueError(
+                "DrafterTraining: steps_per_batch and max_step_share are both null, so nothing "
+                "would end the training of an RL step; set either"
+            )
         self.learning_rate = learning_rate
         self.steps_per_batch = steps_per_batch
         self.tokens_per_step = tokens_per_step
         self.publish_every_n_steps = publish_every_n_steps
         self.hidden_loss_weight = hidden_loss_weight
-        self.buffer = FeatureBuffer(buffer_tokens)
+        self.buffer = FeatureBuffer(buffer or BufferSettings())
+        self.budget = TimeBudget(max_step_share)
         self.version = 0
         """Publications so far; 0 is the checkpoint that the engine loads by itself."""
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator()  # seeded when a run tells its seed
         self._drafter: EagleDrafter | None = None
         self._optimizer: torch.optim.AdamW | None = None
         self._published: dict[str, Tensor] | None = None
         self._losses: list[list[float]] = []
-        self._seconds = 0.0
+        self._is_published = True
+        """Whether the engine has all that was trained."""
+        self._idle_seconds = 0.0
         self._restored: dict[str, Any] | None = None
 
     # Hooks
@@ -116,7 +139,12 @@ class DrafterTraining(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the drafter under training: a float32 copy of its own, beside the engine's."""
+        """Load the drafter under training: a float32 copy of its own, beside the engine's.
+
+        After an earlier fit, training goes on with what that one ended with.
+        """
+        if self._restored is None and self._drafter is not None:
+            self._restored = self.state_dict()
         policy = cast(PolicySource, pl_module).policy
         _shared_weights(policy)
         drafter = EagleDrafter.from_pretrained(
@@ -126,6 +154,7 @@ class DrafterTraining(Callback):
         self._optimizer = torch.optim.AdamW(
             self._drafter.parameters(), lr=self.learning_rate, betas=_BETAS, weight_decay=0.0
         )
+        self._generator.manual_seed(_rollout_source(trainer).seed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Between checkpoint restore and the first rollout: give the engine its drafter back."""
@@ -137,6 +166,14 @@ class DrafterTraining(Callback):
         source.collect_features = True
         _engine(trainer).on_idle = functools.partial(self._train_while_idle, source)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The RL step's time counts from here."""
+        self.budget.resume()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is no part of the RL step's time."""
+        self.budget.resume()
+
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -145,23 +182,34 @@ class DrafterTraining(Callback):
         batch: RolloutBatch,
         batch_idx: int,
     ) -> None:
-        """Collect the step's features, train for what is left of its budget, publish when due."""
+        """Evaluate on the step's features, collect them, train within budget, publish when due."""
         source = cast(PolicySource, pl_module)
-        start = time.perf_counter()
-        num_refused = self.buffer.add(source.take_features())
-        while len(self.buffer) and len(self._losses) < self.steps_per_batch:
+        self.budget.open()
+        features = source.take_features()
+        held_out = held_out_metrics(
+            self._learner()[0],
+            *_shared_weights(source.policy),
+            features,
+            max_pairs=self.tokens_per_step,
+            seed=source.rl_step,
+        )
+        num_refused = self.buffer.add(features)
+        while self._may_step():
             self._step(source.policy)
-        if source.rl_step % self.publish_every_n_steps == 0:
+        if not self._is_published and source.rl_step % self.publish_every_n_steps == 0:
             self._publish(_engine(trainer))
-        self._seconds += time.perf_counter() - start
-        metrics = self._step_metrics() | {"drafter/refused_sequences": float(num_refused)}
+        metrics = self._step_metrics(self.budget.close()) | held_out
         pl_module.log_dict(
-            metrics | {"step": float(source.rl_step)},
+            {
+                **metrics,
+                "drafter/refused_sequences": float(num_refused),
+                "step": float(source.rl_step),
+            },
             on_step=True,
             on_epoch=False,
             batch_size=len(batch),
         )
-        self._losses, self._seconds = [], 0.0
+        self._losses, self._idle_seconds = [], 0.0
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave neither hook nor feature collection behind."""
@@ -171,8 +219,19 @@ class DrafterTraining(Callback):
 
     # Training and publication
 
+    def _may_step(self) -> bool:
+        """Whether data, number of steps and time allow one more at the batch's end."""
+        is_under = self.steps_per_batch is None or len(self._losses) < self.steps_per_batch
+        return len(self.buffer) > 0 and is_under and self.budget.has_room()
+
     def _step(self, policy: PreTrainedModel) -> None:
         """One optimizer step on one packed row: what idle training can be interrupted between."""
+        with self.budget.optimizer_step():
+            self._losses.append(self._train_on(policy))
+        self._is_published = False
+
+    def _train_on(self, policy: PreTrainedModel) -> list[float]:
+        """The step itself; values in the order of `_LOGGED_LOSSES`."""
         drafter, optimizer = self._learner()
         parameter = next(drafter.parameters())
         sequences = self.buffer.sample(self._generator, self.tokens_per_step)
@@ -187,9 +246,19 @@ class DrafterTraining(Callback):
         )
         optimizer.zero_grad(set_to_none=True)
         result.loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(drafter.parameters(), _MAX_GRAD_NORM, error_if_nonfinite=True)
+        gradients = {n: p.grad for n, p in drafter.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(list(gradients.values()))
+        if not (norm + result.loss.detach()).isfinite():
+            culprits = [name for name, grad in gradients.items() if not grad.isfinite().all()]
+            raise FloatingPointError(
+                f"DrafterTraining, after RL step {max(f.rl_step for f in sequences)}: loss "
+                f"{result.loss.item():g}, gradient norm {norm.item():g}, first non-finite gradient "
+                f"{culprits[:1] or 'none'}. The drafter is that before this step; lower the "
+                f"callback's learning_rate, and resume with --ckpt_path last"
+            )
+        nn.utils.clip_grads_with_norm_(drafter.parameters(), _MAX_GRAD_NORM, norm)
         optimizer.step()
-        self._losses.append(_loss_values(result))
+        return _loss_values(result)
 
     def _train_while_idle(self, source: PolicySource, window: IdleWindow) -> None:
         """Train until the window closes; generation may run without gradients, so ask for them."""
@@ -197,26 +266,31 @@ class DrafterTraining(Callback):
         with torch.inference_mode(False), torch.enable_grad():
             while len(self.buffer) and not window.should_stop():
                 self._step(source.policy)
-        self._seconds += time.perf_counter() - start
+        self._idle_seconds += time.perf_counter() - start
 
     def _publish(self, engine: RolloutEngine) -> None:
         """Give the engine a copy that later training does not change."""
         drafter, _ = self._learner()
         self._published = {name: w.detach().clone() for name, w in drafter.named_weights()}
+        self._is_published = True
         self.version += 1
         engine.load_drafter(self._published.items(), self.version)
 
-    def _step_metrics(self) -> dict[str, float]:
+    def _step_metrics(self, spent: SpentTime) -> dict[str, float]:
         """Means over the RL step's optimizer steps, those done in idle time included."""
         num_steps = len(self._losses)
         means = [sum(column) / num_steps for column in zip(*self._losses, strict=True)]
         losses = dict(zip(_LOGGED_LOSSES, means, strict=False))
-        return {f"drafter/{name}": value for name, value in losses.items()} | {
+        metrics = {f"drafter/{name}": value for name, value in losses.items()} | {
             "drafter/buffer_tokens": float(self.buffer.num_tokens),
             "drafter/num_steps": float(num_steps),
             "drafter/version": float(self.version),
-            "time/drafter": self._seconds,
+            "drafter/time_share": spent.share,
+            "time/drafter": spent.seconds + self._idle_seconds,
         }
+        if self.budget.share is not None:
+            metrics["drafter/max_time_share"] = self.budget.share
+        return metrics
 
     def _learner(self) -> tuple[EagleDrafter, torch.optim.AdamW]:
         assert self._drafter is not None, "on_fit_start has not run: no drafter is loaded"
@@ -239,8 +313,10 @@ class DrafterTraining(Callback):
             "generator": self._generator.get_state(),
             "published": self._published,
             "version": self.version,
+            "is_published": self._is_published,
+            "budget": self.budget.state_dict(),
             "losses": self._losses,
-            "seconds": self._seconds,
+            "idle_seconds": self._idle_seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -256,7 +332,9 @@ class DrafterTraining(Callback):
         self.buffer.load_state_dict(state["buffer"])
         self._generator.set_state(state["generator"].cpu())
         self._published, self.version = state["published"], state["version"]
-        self._losses, self._seconds = list(state["losses"]), state["seconds"]
+        self._is_published = state["is_published"]
+        self.budget.load_state_dict(state["budget"])
+        self._losses, self._idle_seconds = list(state["losses"]), state["idle_seconds"]
         self._restored = None
 
 

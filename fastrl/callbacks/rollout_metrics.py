@@ -1,8 +1,8 @@
 """Logs what rollouts and drafter did in each RL step, and where the step's time went.
 
-Groups `rollout/`, `drafter/` (acceptance), `reward/failures`, `time/`; and, for the progress bar,
-reward, accept length and tokens a second. Leaves out what others log: rewards and the update
-(PolicyModule), the drafter's training, the bandit. Always on: FastRLCLI adds it.
+Groups `rollout/`, `drafter/` (acceptance, failures), `reward/failures`, `time/`; and, for the
+progress bar, reward, accept length and tokens a second. Leaves out what others log: rewards and the
+update (PolicyModule), the drafter's training, the bandit. Always on: FastRLCLI adds it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RolloutMetrics(Callback):
 
 
 def rollout_scalars(batch: RolloutBatch) -> dict[str, float]:
-    """`rollout/` figures of a step, and the number of rewards that failed."""
+    """`rollout/` figures of a step, and the numbers of drafters and of rewards that failed."""
     stats = batch.stats
     length_B = batch.response_mask_BT.sum(-1).float()
     num_failures = sum(result.failure is not None for result in batch.reward_results)
@@ -62,6 +62,7 @@ def rollout_scalars(batch: RolloutBatch) -> dict[str, float]:
         "rollout/spec_steps_share": speculative_steps(stats) / max(stats.num_steps, 1),
         "rollout/prefill_share": stats.prefill_seconds / stats.seconds if stats.seconds else 0.0,
         "rollout/draft_share": stats.draft_seconds / stats.seconds if stats.seconds else 0.0,
+        "drafter/failures": float(len(stats.drafter_failures)),
         "reward/failures": float(num_failures),
     }
 

@@ -129,11 +129,14 @@ class RunSummary(Callback):
         self._totals.add_step(batch, self._clock.lap())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        is_whole = not trainer.sanity_checking or math.isinf(trainer.num_sanity_val_steps)
+        rl_step = cast(PolicySource, pl_module).rl_step
+        # Lightning checks again when a run goes on from the end of an epoch.
+        is_first = rl_step == 0 and math.isinf(trainer.num_sanity_val_steps)
+        is_whole = is_first or not trainer.sanity_checking
         if _is_fitting(trainer) and is_whole and HELD_OUT_REWARD in trainer.callback_metrics:
             self._totals.add_held_out_reward(trainer.callback_metrics[HELD_OUT_REWARD].item())
             if trainer.sanity_checking:
-                _log_validation(trainer, cast(PolicySource, pl_module).rl_step)
+                _log_validation(trainer, rl_step)
             self._write(trainer, "running")
         self._clock.resume()
 

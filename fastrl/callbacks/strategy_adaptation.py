@@ -48,13 +48,14 @@ class StrategyAdaptation(Callback):
         self._shared_state: dict[str, Any] | None = None  # after the last exchange between ranks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the bandit the engine's selector; refuse an engine that has no drafter."""
+        """Make the bandit the engine's selector; refuse arms that need a drafter it has not."""
         engine = _engine(trainer)
-        if engine.drafter_path is None and any(not arm.is_off for arm in self.bandit.arms):
+        learned = [str(arm) for arm in self.bandit.arms if arm.needs_learned_drafter]
+        if engine.drafter_path is None and learned:
             raise ValueError(
-                f"StrategyAdaptation: the bandit's arms {list(map(str, self.bandit.arms))} need a "
-                "drafter, but the engine's drafter_path is null; set drafter_path of the "
-                "datamodule's engine to a drafter checkpoint folder, or remove the callback"
+                f"StrategyAdaptation: the bandit's arms {learned} need a drafter, but the engine's "
+                "drafter_path is null; set drafter_path of the datamodule's engine to a drafter "
+                "checkpoint folder, or keep n-gram arms only ('ngram_8_1_9')"
             )
         engine.strategy_selector = self.bandit
         if stage == "fit" and trainer.world_size > 1:

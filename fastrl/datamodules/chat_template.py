@@ -43,13 +43,13 @@ def tokenize_questions(
 ) -> list[Prompt]:
     """Prompts that end where the response begins, those over `max_prompt_tokens` left out.
 
-    Raises ValueError, naming the `split`, if questions were given and none is left.
+    Raises ValueError, naming the `split`, if questions were given and none is left, or if a
+    question brings a system message besides `system_prompt`.
     """
     if not questions:
         return []
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     token_lists = tokenizer.apply_chat_template(
-        [[*system, {"role": "user", "content": question.text}] for question in questions],
+        [_conversation(question, system_prompt, split) for question in questions],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,
@@ -67,6 +67,21 @@ def tokenize_questions(
     kept = [prompt for prompt in prompts if len(prompt.tokens) <= max_prompt_tokens]
     _report_too_long(prompts, len(kept), max_prompt_tokens, split)
     return kept
+
+
+def _conversation(
+    question: Question, system_prompt: str | None, split: str
+) -> list[dict[str, str]]:
+    """All messages up to the one that the response answers."""
+    messages = [*question.context, ("user", question.text)]
+    if system_prompt:
+        if messages[0][0] == "system":
+            raise ValueError(
+                f"data.system_prompt is set, but {split} prompt {question.prompt_id} has a system "
+                f"message of its own, {messages[0][1]!r}; unset data.system_prompt"
+            )
+        messages = [("system", system_prompt), *messages]
+    return [{"role": role, "content": content} for role, content in messages]
 
 
 def _report_too_long(

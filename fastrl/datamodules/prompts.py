@@ -1,8 +1,8 @@
 """Where questions come from and in which order a run asks them.
 
-A `PromptSource` reads or generates questions, split into training and held-out ones; its two kinds
-are `ReasoningGymPrompts` and `JsonlPrompts`. `PromptOrder` and `PromptCursor` decide which of the
-training questions an RL step takes. Leaves out tokenization (chat_template.py).
+A `PromptSource` reads or generates questions, split into training and held-out ones; its kinds are
+`ReasoningGymPrompts`, `JsonlPrompts` and `DatasetPrompts`. `PromptOrder` and `PromptCursor` decide
+which of the training questions an RL step takes. Leaves out tokenization (chat_template.py).
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ class Question:
     HELD_OUT_ID_OFFSET. Filtering other questions out does not change it."""
     text: str
     answer: str
+    context: tuple[tuple[str, str], ...] = ()
+    """Chat messages before the question, (role, content) each."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Becomes `Prompt.metadata`: what the reward function wants besides the answer; picklable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuestionSplits:
-    """Training and held-out questions; no text occurs in both."""
+    """Training and held-out questions; none occurs, word by word, in both."""
 
     train: tuple[Question, ...]
     held_out: tuple[Question, ...]
@@ -60,8 +62,8 @@ def split_disjoint(
 
     Raises ValueError, naming `source`, if no training question is left.
     """
-    held_out_texts = {question.text for question in held_out}
-    kept = tuple(question for question in train if question.text not in held_out_texts)
+    known = {(question.context, question.text) for question in held_out}
+    kept = tuple(question for question in train if (question.context, question.text) not in known)
     num_duplicates = len(train) - len(kept)
     if not kept:
         raise ValueError(
@@ -77,6 +79,22 @@ def split_disjoint(
             len(train),
         )
     return QuestionSplits(train=kept, held_out=tuple(held_out), num_duplicates=num_duplicates)
+
+
+def hold_out_share(
+    questions: Sequence[Question], fraction: float, seed: int, source: str
+) -> QuestionSplits:
+    """Hold out a share of the questions, chosen by `seed`; errors as `split_disjoint`."""
+    num_held_out = round(len(questions) * fraction)
+    chosen = set(random.Random(f"held out/{seed}").sample(range(len(questions)), num_held_out))
+    train = [question for index, question in enumerate(questions) if index not in chosen]
+    return split_disjoint(train, [questions[index] for index in sorted(chosen)], source)
+
+
+def check_held_out_fraction(fraction: float, source: str) -> None:
+    """ValueError, naming the `source`'s class, for what is no share of its questions."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"held_out_fraction of {source} must be in [0, 1), got {fraction}")
 
 
 @dataclass(frozen=True, slots=True)

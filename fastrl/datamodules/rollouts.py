@@ -27,6 +27,7 @@ from fastrl.datamodules.prompts import PromptCursor, PromptOrder, PromptSource, 
 from fastrl.datamodules.rewards.base import RewardFunction
 from fastrl.datamodules.rewards.workers import RewardPool
 from fastrl.model_files import resolve_model
+from fastrl.rollout.architecture import architecture_of_folder, differences
 from fastrl.rollout.engine import RolloutEngine
 from fastrl.types import PolicySource, Prompt, RolloutBatch, SamplingParams
 
@@ -89,6 +90,9 @@ class RolloutDataModule(pl.LightningDataModule):
             command line.
     """
 
+    tokenizer: PreTrainedTokenizerBase
+    """Of the policy's model, loaded in `setup`."""
+
     def __init__(
         self,
         model_path: str,
@@ -141,6 +145,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self._is_started = False
         self._has_published = False
         self._engine_state: dict[str, Any] | None = None
+        self._drafter = architecture_of_folder(engine.drafter_path)
 
     # ---------------------------------------------------------------- prompts
 
@@ -148,15 +153,15 @@ class RolloutDataModule(pl.LightningDataModule):
         """Load and tokenize the prompts; the weights come later, after a checkpoint is restored."""
         if self._train_prompts:
             return
-        tokenizer = load_tokenizer(self.model_path)
-        self._pad_token_id = _pad_token_id(tokenizer)
+        self.tokenizer = load_tokenizer(self.model_path)
+        self._pad_token_id = _pad_token_id(self.tokenizer)
         splits = self.prompts.load()
         self.rewards.prepare()
         limit = min(self.max_prompt_tokens, _context_length(self.model_path) - 1)
         self._held_out_prompts, train_prompts = (
             tokenize_questions(
                 questions,
-                tokenizer,
+                self.tokenizer,
                 system_prompt=self.system_prompt,
                 max_prompt_tokens=limit,
                 split=split,
@@ -308,16 +313,26 @@ class RolloutDataModule(pl.LightningDataModule):
     # ---------------------------------------------------------------- state and end
 
     def state_dict(self) -> dict[str, Any]:
-        """The prompt cursor and the engine's state."""
+        """The prompt cursor, the engine's state, and what its drafter is."""
         if self._is_started:
             self._engine_state = self.engine.state_dict()
         return {
             "position": self._cursor.at(self._policy.rl_step),
             "engine": self._engine_state,
+            "drafter": self._drafter,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the saved cursor; the engine takes its state when it starts."""
+        """Go on at the saved cursor; the engine takes its state when it starts.
+
+        Raises ValueError for a run whose drafter was of another architecture.
+        """
+        theirs = state_dict["drafter"]
+        if theirs and self._drafter and (different := differences(theirs, self._drafter)):
+            raise ValueError(
+                f"the checkpoint is of a run with another drafter: {different}; what it learnt of "
+                f"drafting belongs to that one: set the engine's drafter_path to it, or start anew"
+            )
         self._cursor = PromptCursor(state_dict["position"])
         self._engine_state = state_dict["engine"]
 

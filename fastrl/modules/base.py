@@ -18,11 +18,13 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from fastrl.model_files import resolve_model
+from fastrl.modules import checkpoint_header
 from fastrl.modules.loading import check_model_folder, load_causal_lm
 from fastrl.modules.logprobs import response_logprobs
 from fastrl.modules.micro_batches import (
@@ -35,11 +37,12 @@ from fastrl.modules.micro_batches import (
 )
 from fastrl.modules.objectives import Aggregation, KLEstimator, LossInputs, kl_estimate
 from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count_rl_steps
+from fastrl.modules.pass_at_k import mean_pass_at_k
 from fastrl.modules.update_metrics import UpdateMetrics
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
 
 PASS_REWARD = 1 - 1e-6
-"""A response passes (pass@1) if its reward is at least this: full marks, up to rounding."""
+"""A response passes (pass@k) if its reward is at least this: full marks, up to rounding."""
 
 
 # Not frozen: Lightning moves predictions to the CPU, and refuses to go through a frozen record.
@@ -339,12 +342,12 @@ class PolicyModule(LightningModule, ABC):
     # ---- evaluation ------------------------------------------------------------------------------
 
     def validation_step(self, batch: RolloutBatch, batch_idx: int) -> None:
-        """Mean reward and pass@1 on held-out prompts."""
-        self._log_rewards(batch, "reward/held_out", "reward/pass@1")
+        """Mean reward and pass@k on held-out prompts."""
+        self._log_rewards(batch, "reward/held_out", "reward/pass@")
 
     def test_step(self, batch: RolloutBatch, batch_idx: int) -> None:
-        """Mean reward and pass@1 on test prompts."""
-        self._log_rewards(batch, "reward/test", "reward/test_pass@1")
+        """Mean reward and pass@k on test prompts."""
+        self._log_rewards(batch, "reward/test", "reward/test_pass@")
 
     def predict_step(self, batch: RolloutBatch, batch_idx: int) -> list[ScoredResponse]:
         """Responses and their rewards, in the batch's order."""
@@ -353,29 +356,43 @@ class PolicyModule(LightningModule, ABC):
             for rollout, reward in zip(batch.rollouts, batch.rewards_B.tolist(), strict=True)
         ]
 
-    def _log_rewards(self, batch: RolloutBatch, mean_name: str, pass_name: str) -> None:
-        """Means over all rows of the evaluation, whatever its batches."""
+    def _log_rewards(self, batch: RolloutBatch, mean_name: str, pass_prefix: str) -> None:
+        """Means over all rows of the evaluation, and over its prompts, whatever its batches."""
         self.log_dict(
             {
                 "step": float(self.rl_step),
                 mean_name: batch.rewards_B.float().mean(),
-                pass_name: (batch.rewards_B >= PASS_REWARD).float().mean(),
             },
             on_step=False,
             on_epoch=True,
             batch_size=len(batch),
             sync_dist=True,
         )
+        passes = mean_pass_at_k(batch.rewards_B >= PASS_REWARD, batch.group_B)
+        self.log_dict(
+            {f"{pass_prefix}{k}": value for k, value in passes.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=int(batch.group_B.max()) + 1,
+            sync_dist=True,
+        )
 
     # ---- checkpoint ------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the counters beside the weights."""
+        """Store the counters beside the weights, and what they are the weights of."""
+        checkpoint[checkpoint_header.KEY] = checkpoint_header.make_header(
+            type(self), self.policy.config
+        )
         checkpoint["rl_step"] = self.rl_step
         checkpoint["policy_version"] = self.policy_version
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters."""
+        """Refuse another run's checkpoint, before its weights are loaded; restore the counters."""
+        is_resume = self.trainer.state.fn == TrainerFn.FITTING
+        checkpoint_header.check_header(
+            checkpoint, type(self), self.policy.config, is_resume=is_resume
+        )
         self.rl_step = checkpoint["rl_step"]
         self.policy_version = checkpoint["policy_version"]
 

@@ -46,6 +46,8 @@ def accept(tree: DraftTree, sampled_BN: Tensor) -> Acceptance:
             ranks_BP=zeros_BN,
             num_children_BP=zeros_BN,
         )
+    if tree.is_chain:
+        return _accept_chain(tree, sampled_BN)
     confirmed_BN = sampled_BN.gather(1, tree.parents_BN) == tree.tokens_BN
     confirmed_BN[:, 0] = True
     accepted_BN = (confirmed_BN.unsqueeze(1) | ~tree.ancestors_BNN).all(-1)
@@ -61,4 +63,16 @@ def accept(tree: DraftTree, sampled_BN: Tensor) -> Acceptance:
         emitted_BP=sampled_BN.gather(1, path_BP),
         ranks_BP=tree.ranks_BN.gather(1, path_BP),
         num_children_BP=num_children_BN.gather(1, path_BP),
+    )
+
+
+def _accept_chain(tree: DraftTree, sampled_BN: Tensor) -> Acceptance:
+    confirmed_BC = sampled_BN[:, :-1] == tree.tokens_BN[:, 1:]
+    nodes_BN = tree.depths_BN
+    return Acceptance(
+        num_accepted_B=confirmed_BC.cumprod(-1).sum(-1),
+        path_BP=nodes_BN,
+        emitted_BP=sampled_BN,
+        ranks_BP=tree.ranks_BN,
+        num_children_BP=(nodes_BN != tree.depth).long(),
     )

@@ -34,6 +34,7 @@ ranks, whose step times differ: there, one rank decides.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -68,6 +69,11 @@ class FixedStrategy:
     def __init__(self, strategy: str = "off") -> None:
         self.strategy = DraftStrategy.parse(strategy)
         self._is_excluded = False
+        self._stand_in = (
+            dataclasses.replace(self.strategy, drafter="ngram")
+            if self.strategy.needs_learned_drafter
+            else OFF
+        )
 
     @property
     def strategies(self) -> tuple[DraftStrategy, ...]:
@@ -75,14 +81,14 @@ class FixedStrategy:
         return (self.strategy,)
 
     def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
-        """The strategy, whatever the batch; `off` while it is excluded."""
-        return OFF if self._is_excluded else self.strategy
+        """The strategy, whatever the batch, or what stands in for it while it is excluded."""
+        return self._stand_in if self._is_excluded else self.strategy
 
     def record(self, stats: StepStats) -> None:
         """Learns nothing."""
 
     def exclude(self, strategies: Collection[DraftStrategy]) -> None:
-        """`off` in place of the strategy, while it cannot be run."""
+        """While the strategy cannot be run: n-gram trees of its shape, or `off` for these too."""
         self._is_excluded = self.strategy in strategies
 
     def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:

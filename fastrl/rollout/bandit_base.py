@@ -179,12 +179,16 @@ class Bandit(ABC):
         """Raises ValueError: costs were not asked for."""
         raise ValueError(f"bandit: {type(self).__name__} asked for no costs, got that of {query}")
 
-    def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
-        candidates = [
+    def _candidates(self, batch_size: int) -> list[int]:
+        """Arms that may run at a batch size."""
+        return [
             index
             for index, limit in enumerate(self._max_batch)
             if batch_size <= limit and self.arms[index] not in self._excluded
         ]
+
+    def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
+        candidates = self._candidates(batch_size)
         if len(candidates) == 1:
             return candidates[0], False
         if untried := self._untried[bucket].intersection(candidates):

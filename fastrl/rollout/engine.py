@@ -70,7 +70,7 @@ class RolloutEngine(Protocol):
     """Generates rollouts that follow the policy's exact sampling distribution."""
 
     drafter_path: str | None
-    """Checkpoint folder of the drafter it speculates with; None: speculation is off."""
+    """Checkpoint folder of the drafter it speculates with; None: only n-gram strategies can."""
     strategy_selector: StrategySelector
     on_idle: IdleHook | None
     """Given the time in which this rank has finished generating and others have not."""
@@ -122,7 +122,8 @@ class RolloutEngine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: versions; weights are pushed again."""
+        """What a resumed run needs, in plain types: versions, and what n-grams are drafted from;
+        weights are pushed again."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ draft probability, then re-ranking of all candidates. Shape legend: fastrl/types
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ class DraftTree:
     ancestors_BNN: Tensor  # bool: [b, i, j] is whether j is i or an ancestor of i
     depth: int
     """Most levels below the root that any node may have."""
+    is_chain: bool = False
+    """Whether each node is the only child of the one before it: what follows is simpler then."""
 
     @property
     def num_nodes(self) -> int:
@@ -38,15 +41,31 @@ class DraftTree:
 
 def root_only(root_tokens_B: Tensor) -> DraftTree:
     """The tree of plain decoding: nothing but the last sampled token."""
-    zeros = torch.zeros_like(root_tokens_B).unsqueeze(1)
+    return chain(root_tokens_B.unsqueeze(1))
+
+
+def chain(tokens_BN: Tensor) -> DraftTree:
+    """The tree in which each token is the only child of the one before it, the root first."""
+    num_rows, num_nodes = tokens_BN.shape
+    nodes_1N, parents_1N, ranks_1N, ancestors_1NN = _chain_shape(num_nodes, tokens_BN.device)
     return DraftTree(
-        tokens_BN=root_tokens_B.unsqueeze(1),
-        parents_BN=zeros,
-        depths_BN=zeros,
-        ranks_BN=zeros,
-        ancestors_BNN=torch.ones_like(zeros, dtype=torch.bool).unsqueeze(2),
-        depth=0,
+        tokens_BN=tokens_BN,
+        parents_BN=parents_1N.expand(num_rows, -1),
+        depths_BN=nodes_1N.expand(num_rows, -1),
+        ranks_BN=ranks_1N.expand(num_rows, -1),
+        ancestors_BNN=ancestors_1NN.expand(num_rows, -1, -1),
+        depth=num_nodes - 1,
+        is_chain=True,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _chain_shape(num_nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Depths, parents, ranks and ancestors of a chain's nodes, for one row."""
+    with torch.inference_mode(False):
+        nodes_1N = torch.arange(num_nodes, device=device).unsqueeze(0)
+        ancestors_1NN = torch.ones(1, num_nodes, num_nodes, dtype=torch.bool, device=device).tril()
+        return nodes_1N, (nodes_1N - 1).clamp_min(0), torch.zeros_like(nodes_1N), ancestors_1NN
 
 
 class TreeBuilder:
@@ -54,6 +73,7 @@ class TreeBuilder:
 
     Call `expand` with the draft's log-probabilities below the current beam, `depth` times; in
     between, `beam_*` say which nodes to draft from next. `build` keeps the most likely nodes.
+    Candidates are numbered as they come, the root being 0.
 
     Args:
         root_tokens_B: int64, the last sampled tokens.
@@ -61,77 +81,77 @@ class TreeBuilder:
     """
 
     def __init__(self, root_tokens_B: Tensor, topk: int) -> None:
-        self._root_tokens_B = root_tokens_B
         self._topk = topk
-        self._tokens: list[Tensor] = []
-        self._scores: list[Tensor] = []
-        self._parents: list[Tensor] = []
-        self._level_sizes: list[int] = []
-        root = torch.zeros_like(root_tokens_B).unsqueeze(1)
-        self._beam_candidates_BK = root - 1  # candidate numbers; -1 is the root
-        self._beam_scores_BK = root.float()
         self.beam_tokens_BK = root_tokens_B.unsqueeze(1)
         """Nodes to draft from next."""
-        self.beam_parents_BK = root
+        self.beam_parents_BK = torch.zeros_like(self.beam_tokens_BK)
         """Which entry of the previous beam each came from."""
+        self._beam_candidates_BK = self.beam_parents_BK
+        self._beam_scores_BK = self.beam_parents_BK.float()
+        self._num_candidates = 1
+        self._tokens = [self.beam_tokens_BK]
+        self._scores = [self._beam_scores_BK]
+        self._parents = [self.beam_parents_BK]
 
     def expand(self, logprobs_BKV: Tensor) -> None:
         """Add the topk children of every beam node; the topk best of them become the beam."""
-        # A drafter gone bad must cost speed alone: sorted as a number, NaN would come first.
-        logprobs_BKV = logprobs_BKV.nan_to_num(nan=-math.inf, neginf=-math.inf)
         child_logprobs_BKK, child_tokens_BKK = logprobs_BKV.topk(self._topk, dim=-1)
+        # A drafter gone bad must cost speed alone: sorted as a number, NaN would come first.
+        child_logprobs_BKK = child_logprobs_BKK.nan_to_num(nan=-math.inf, neginf=-math.inf)
         scores_BC = (self._beam_scores_BK.unsqueeze(-1) + child_logprobs_BKK).flatten(1)
         tokens_BC = child_tokens_BKK.flatten(1)
-        first_candidate = sum(self._level_sizes)
         self._tokens.append(tokens_BC)
         self._scores.append(scores_BC)
-        self._parents.append(self._beam_candidates_BK.repeat_interleave(self._topk, dim=1))
-        self._level_sizes.append(tokens_BC.shape[1])
+        parents_BKK = self._beam_candidates_BK.unsqueeze(-1).expand_as(child_tokens_BKK)
+        self._parents.append(parents_BKK.flatten(1))
 
         self._beam_scores_BK, best_BK = scores_BC.topk(self._topk, dim=-1)
-        self._beam_candidates_BK = best_BK + first_candidate
+        self._beam_candidates_BK = best_BK + self._num_candidates
+        self._num_candidates += tokens_BC.shape[1]
         self.beam_tokens_BK = tokens_BC.gather(1, best_BK)
         self.beam_parents_BK = best_BK // self._topk
 
     def build(self, num_nodes: int) -> DraftTree:
-        """The tree of the root and the `num_nodes - 1` candidates of highest cumulative score.
+        """The tree of the root and the `num_nodes - 1` other candidates of highest cumulative
+        score.
 
         A child scores at most its parent, and ties go to the earlier candidate: no node is chosen
         without its ancestors.
         """
+        depth = len(self._scores) - 1
         scores_BC = torch.cat(self._scores, dim=1)
-        num_chosen = num_nodes - 1
-        if num_chosen < scores_BC.shape[1]:
-            ranked_BC = scores_BC.sort(dim=-1, descending=True, stable=True).indices
-            chosen_BC = ranked_BC[:, :num_chosen].sort(dim=-1).values
-        else:
-            chosen_BC = torch.arange(num_chosen, device=scores_BC.device).expand(len(scores_BC), -1)
-        parents_BN = self._node_parents(chosen_BC, scores_BC.shape[1])
-        level_C = torch.repeat_interleave(
-            torch.arange(1, len(self._level_sizes) + 1), torch.tensor(self._level_sizes)
-        ).to(chosen_BC.device)
-        root_BN = torch.zeros_like(parents_BN[:, :1])
-        drafted_BC = torch.cat(self._tokens, dim=1).gather(1, chosen_BC)
-        depth = len(self._level_sizes)
+        ranked_BC = scores_BC.sort(dim=-1, descending=True, stable=True).indices
+        chosen_BN = ranked_BC[:, :num_nodes].sort(dim=-1).values
+        nodes_1N, depths_C, ranks_C = _candidate_tables(
+            self._topk, depth, num_nodes, scores_BC.device
+        )
+        node_of_BC = torch.zeros_like(ranked_BC)
+        node_of_BC.scatter_(1, chosen_BN, nodes_1N.expand_as(chosen_BN))
+        parents_BN = node_of_BC.gather(1, torch.cat(self._parents, dim=1).gather(1, chosen_BN))
         return DraftTree(
-            tokens_BN=torch.cat((self._root_tokens_B.unsqueeze(1), drafted_BC), dim=1),
+            tokens_BN=torch.cat(self._tokens, dim=1).gather(1, chosen_BN),
             parents_BN=parents_BN,
-            depths_BN=torch.cat((root_BN, level_C[chosen_BC]), dim=1),
-            # Every level lists its nodes' topk children node by node, in order of likelihood.
-            ranks_BN=torch.cat((root_BN, chosen_BC % self._topk), dim=1),
+            depths_BN=depths_C.take(chosen_BN),
+            ranks_BN=ranks_C.take(chosen_BN),
             ancestors_BNN=ancestors(parents_BN, depth),
             depth=depth,
         )
 
-    def _node_parents(self, chosen_BC: Tensor, num_candidates: int) -> Tensor:
-        """Parents as node numbers: the root is 0, the i-th chosen candidate i + 1."""
-        num_rows, num_chosen = chosen_BC.shape
-        node_of_candidate = chosen_BC.new_zeros(num_rows, num_candidates + 1)  # column 0: the root
-        nodes = torch.arange(1, num_chosen + 1, device=chosen_BC.device).expand(num_rows, -1)
-        node_of_candidate.scatter_(1, chosen_BC + 1, nodes)
-        parents_BC = torch.cat(self._parents, dim=1).gather(1, chosen_BC)
-        parents_BC = node_of_candidate.gather(1, parents_BC + 1)
-        return torch.cat((torch.zeros_like(parents_BC[:, :1]), parents_BC), dim=1)
+
+@functools.lru_cache(maxsize=64)
+def _candidate_tables(
+    topk: int, depth: int, num_nodes: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Node numbers [1, N]; depth and place among its siblings of every candidate, [C].
+
+    Every level lists its nodes' topk children node by node, in order of likelihood.
+    """
+    with torch.inference_mode(False):
+        level_sizes = torch.tensor([1, topk, *[topk * topk] * (depth - 1)])
+        depths_C = torch.arange(depth + 1).repeat_interleave(level_sizes)
+        ranks_C = (torch.arange(len(depths_C)) - 1).clamp_min(0) % topk
+        nodes_1N = torch.arange(num_nodes).unsqueeze(0)
+        return nodes_1N.to(device), depths_C.to(device), ranks_C.to(device)
 
 
 def ancestors(parents_BN: Tensor, depth: int) -> Tensor:

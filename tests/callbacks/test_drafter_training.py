@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastrl.callbacks.drafter_training import DrafterTraining
+from fastrl.callbacks.feature_buffer import BufferSettings
+from fastrl.callbacks.time_budget import TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.engine import IdleHook, IdleWindow
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
@@ -53,8 +55,9 @@ class FakeEngine:
 class FakeRollouts(LightningDataModule):
     """Batches of random tokens, a function of the RL step; idle time before each, if given."""
 
-    def __init__(self, engine: FakeEngine, num_rl_steps: int) -> None:
+    def __init__(self, engine: FakeEngine, num_rl_steps: int, seed: int = 0) -> None:
         super().__init__()
+        self.seed = seed
         self.engine = engine
         self.num_rl_steps = num_rl_steps
         self.idle_window: IdleWindow | None = None
@@ -168,7 +171,7 @@ def small_callback(**options: Any) -> DrafterTraining:
         "learning_rate": 1e-2,
         "steps_per_batch": 3,
         "tokens_per_step": 30,
-        "buffer_tokens": 100,
+        "buffer": BufferSettings(max_tokens=100),
         "publish_every_n_steps": 2,
     }
     return DrafterTraining(**(defaults | options))
@@ -183,9 +186,12 @@ def fit(
     idle_window: IdleWindow | None = None,
     ckpt_path: str | None = None,
     policy_learning_rate: float = 0.1,
+    seed: int = 0,
+    first_rl_step: int = 0,
 ) -> tuple[FakeEngine, FakePolicyModule]:
     engine, module = FakeEngine(drafter_path), FakePolicyModule(policy_learning_rate)
-    rollouts = FakeRollouts(engine, num_rl_steps)
+    module.rl_step = first_rl_step
+    rollouts = FakeRollouts(engine, num_rl_steps, seed)
     rollouts.idle_window = idle_window
     trainer = Trainer(
         accelerator="cpu",
@@ -307,6 +313,21 @@ def test_a_closed_window_allows_no_step(drafter_path: str) -> None:
     assert rows == [[0], [0], [0]]
 
 
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_culprit(drafter_path: str) -> None:
+    """Hidden states of the policy's that are no numbers; the drafter keeps its weights."""
+    callback = small_callback()
+
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if pl_module.rl_step == 2:
+                pl_module.policy.lm_head.weight.data.fill_(torch.inf)
+
+    with pytest.raises(FloatingPointError, match=r"after RL step 2: loss nan.*\['fc\.weight'\]"):
+        fit(callback, drafter_path, 4, others=[Poison()])
+    drafter, _ = callback._learner()
+    assert all(weight.isfinite().all() for _, weight in drafter.named_weights())
+
+
 def test_hook_and_feature_collection_end_with_the_fit(drafter_path: str) -> None:
     engine, module = fit(small_callback(), drafter_path, 1)
     assert engine.on_idle is None
@@ -336,12 +357,13 @@ def test_a_resumed_run_continues_bit_identically(
         idle_window=window(),
     )
     resumed, _ = fit(
-        small_callback(seed=99),
+        small_callback(),
         drafter_path,
         6,
         others=[recorded_metrics(names, into=metrics_resumed)],
         idle_window=window(),
         ckpt_path=str(tmp_path / "step=3.ckpt"),
+        seed=99,
     )
     assert metrics_resumed == metrics_whole[3:]
     assert [version for version, _ in whole.published] == [1, 2, 3]
@@ -378,6 +400,128 @@ def test_state_survives_a_stop_between_restore_and_training(
     assert interrupted.state_dict() is state
 
 
+def test_draws_from_the_buffer_follow_the_runs_seed(drafter_path: str) -> None:
+    published = [
+        fit(small_callback(), drafter_path, 2, seed=seed)[0].published[0][1] for seed in (1, 1, 2)
+    ]
+    first, again, other = (torch.cat([w.flatten() for w in p.values()]) for p in published)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_second_fit_goes_on_with_the_trained_drafter(drafter_path: str) -> None:
+    """Two fits of two RL steps, the second with a new engine and datamodule: it is given what the
+    first published, and ends where one fit of four does. The policy stands still, for it starts
+    anew."""
+    whole, _ = fit(small_callback(), drafter_path, 4, policy_learning_rate=0.0)
+    callback = small_callback()
+    first, _ = fit(callback, drafter_path, 2, policy_learning_rate=0.0)
+    second, _ = fit(callback, drafter_path, 2, policy_learning_rate=0.0, first_rl_step=2)
+    assert [version for version, _ in first.published] == [1]
+    assert [version for version, _ in second.published] == [1, 2]
+    for (_, ours), (_, theirs) in zip(second.published, whole.published, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_frozen_drafter_is_evaluated_but_neither_trained_nor_published(
+    drafter_path: str,
+) -> None:
+    """`steps_per_batch: 0`, the control of configs/quickstart_frozen.yaml."""
+    rows: list[list[float]] = []
+    names = ["drafter/num_steps", "drafter/version", "drafter/held_out_acceptance_depth_1"]
+    callback = small_callback(steps_per_batch=0, publish_every_n_steps=1)
+    engine, _ = fit(callback, drafter_path, 3, others=[recorded_metrics(names, into=rows)])
+    assert engine.published == []
+    assert [row[:2] for row in rows] == [[0, 0]] * 3
+    assert all(0 < row[2] < 1 for row in rows)
+    for name, weight in EagleDrafter.from_pretrained(drafter_path).named_weights():
+        assert torch.equal(callback.state_dict()["drafter"][name], weight)
+
+
+class TimedTraining(DrafterTraining):
+    """On a clock of its own, by which an optimizer step takes a second."""
+
+    now = 0.0
+
+    def _train_on(self, policy: Any) -> list[float]:
+        self.now += 1.0
+        return super()._train_on(policy)
+
+
+class TimedRollouts(Callback):
+    """Ten seconds go by before each update."""
+
+    def __init__(self, callback: TimedTraining) -> None:
+        self.callback = callback
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.callback.now += 10.0
+
+
+def timed_callback(**options: Any) -> TimedTraining:
+    callback = TimedTraining(**({"learning_rate": 1e-2, "tokens_per_step": 30} | options))
+    callback.budget = TimeBudget(options["max_step_share"], lambda: callback.now)
+    return callback
+
+
+@pytest.mark.parametrize(
+    ("share", "steps_per_batch", "num_steps"), [(0.5, None, 10), (0.2, None, 2), (0.5, 4, 4)]
+)
+def test_the_share_of_the_rl_steps_time_is_kept_and_logged(
+    drafter_path: str, share: float, steps_per_batch: int | None, num_steps: int
+) -> None:
+    """Of 10 s and the training itself, in seconds; and steps_per_batch stays the most."""
+    rows: list[list[float]] = []
+    names = ["drafter/num_steps", "drafter/time_share", "drafter/max_time_share"]
+    callback = timed_callback(max_step_share=share, steps_per_batch=steps_per_batch)
+    others = [TimedRollouts(callback), recorded_metrics(names, into=rows)]
+    fit(callback, drafter_path, 3, others=others)
+    measured = num_steps / (10 + num_steps)
+    assert rows == [pytest.approx([num_steps, measured, share])] * 3
+
+
+def test_the_share_changes_the_drafter_and_never_the_policy(drafter_path: str) -> None:
+    drafters, policies = [], []
+    for share in (0.2, 0.5):
+        callback = timed_callback(max_step_share=share, steps_per_batch=None)
+        _, module = fit(callback, drafter_path, 3, others=[TimedRollouts(callback)])
+        drafters.append(torch.cat([w.flatten() for w in callback.state_dict()["drafter"].values()]))
+        policies.append(torch.cat([w.detach().flatten() for w in module.policy.parameters()]))
+    assert not torch.equal(*drafters)
+    assert torch.equal(*policies)
+
+
+def test_a_resumed_budget_goes_on_with_what_was_saved(drafter_path: str, tmp_path: Path) -> None:
+    """A step of 1 s in RL steps of 10 s and a share of 4%: savings make it every third."""
+    rows_whole: list[list[float]] = []
+    rows_resumed: list[list[float]] = []
+    saver = ModelCheckpoint(
+        dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1
+    )
+    names = ["drafter/num_steps"]
+    callback = timed_callback(max_step_share=0.04, steps_per_batch=None)
+    others = [TimedRollouts(callback), recorded_metrics(names, into=rows_whole), saver]
+    fit(callback, drafter_path, 8, others=others)
+    callback = timed_callback(max_step_share=0.04, steps_per_batch=None)
+    others = [TimedRollouts(callback), recorded_metrics(names, into=rows_resumed)]
+    fit(callback, drafter_path, 8, others=others, ckpt_path=str(tmp_path / "step=4.ckpt"))
+    assert {0.0, 1.0} == {row[0] for row in rows_whole}
+    assert rows_resumed == rows_whole[4:]
+
+
+def test_held_out_agreement_is_of_the_drafter_before_it_trains_on_the_sequences(
+    drafter_path: str,
+) -> None:
+    """The first RL step's is the untrained drafter's, however much that step trains."""
+    names = ["drafter/held_out_loss_depth_1", "drafter/held_out_loss_depth_6"]
+    rows: dict[int, list[list[float]]] = {0: [], 20: []}
+    for steps_per_batch, into in rows.items():
+        callback = small_callback(steps_per_batch=steps_per_batch, publish_every_n_steps=100)
+        fit(callback, drafter_path, 2, others=[recorded_metrics(names, into=into)])
+    assert rows[0][0] == rows[20][0]
+    assert rows[0][1] != rows[20][1]
+
+
 def test_a_run_without_a_drafter_is_refused_with_the_fix() -> None:
     with pytest.raises(ValueError, match=r"drafter_path is null.*set drafter_path"):
         fit(small_callback(), None, 1)
@@ -394,11 +538,12 @@ def test_a_drafter_of_another_target_is_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"learning_rate": 0.0}, "learning_rate must be > 0, got 0.0"),
-        ({"steps_per_batch": -1}, "steps_per_batch must be >= 0, got -1"),
+        ({"steps_per_batch": -1}, "steps_per_batch must be >= 0, or null, got -1"),
+        ({"steps_per_batch": None}, "both null.*set either"),
+        ({"max_step_share": 1.5}, "in \\(0, 1\\).*got 1.5"),
         ({"tokens_per_step": 0}, "tokens_per_step must be >= 1, got 0"),
         ({"publish_every_n_steps": 0}, "publish_every_n_steps must be >= 1, got 0"),
         ({"hidden_loss_weight": -0.1}, "hidden_loss_weight must be >= 0, got -0.1"),
-        ({"buffer_tokens": 0}, "buffer_tokens must be >= 1, got 0"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -28,6 +28,7 @@ STATS = EngineStats(
     accepted_tokens=40,
     offered_by_depth=(25, 10, 0),
     accepted_by_depth=(10, 5, 0),
+    drafter_failures=("version 3: weights", "version 4: weights"),
 )
 
 
@@ -49,6 +50,7 @@ def test_rollout_scalars_match_hand_worked_figures() -> None:
         "rollout/spec_steps_share": 0.75,
         "rollout/prefill_share": 0.25,
         "rollout/draft_share": 0.125,
+        "drafter/failures": 2,
         "reward/failures": 1,
     }
 
@@ -110,12 +112,9 @@ def test_scalars_are_logged_at_the_rl_step_not_the_optimizer_step(tmp_path: Path
     assert "tok/s" not in scalars
 
 
-def test_the_step_clock_leaves_out_what_ends_with_a_resume(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_step_clock_leaves_out_what_ends_with_a_resume() -> None:
     now = iter([0.0, 10.0, 13.0, 20.0, 24.5, 25.5])
-    monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = StepClock()  # 0
+    clock = StepClock(lambda: next(now))  # 0
     clock.resume()  # 10
     assert clock.lap() == 3  # 13
     clock.resume()  # 20, after 7 seconds of validation

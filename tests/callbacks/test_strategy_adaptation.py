@@ -236,10 +236,16 @@ def test_report_s_scalars_are_named_by_strategy_and_bucket() -> None:
     }
 
 
-def test_engine_without_drafter_is_refused(tmp_path: Path) -> None:
-    callback = StrategyAdaptation(EpsilonGreedy(["4_2_8"]))
-    with pytest.raises(ValueError, match=r"4_2_8.*drafter_path is null; set drafter_path"):
+def test_learned_arms_are_refused_without_a_drafter(tmp_path: Path) -> None:
+    callback = StrategyAdaptation(EpsilonGreedy(["ngram_4_1_5", "4_2_8"]))
+    with pytest.raises(ValueError, match=r"\['4_2_8'\].*drafter_path is null; set drafter_path"):
         trainer(tmp_path, callback).fit(TinyPolicy(), FakeRollouts(FakeEngine(None), 1))
+
+
+def test_n_gram_arms_need_no_drafter(tmp_path: Path) -> None:
+    engine, callback = FakeEngine(None), StrategyAdaptation(EpsilonGreedy(["ngram_4_1_5"]))
+    trainer(tmp_path, callback).fit(TinyPolicy(), FakeRollouts(engine, 2))
+    assert set(engine.chosen) == {"off", "ngram_4_1_5"}
 
 
 def test_run_without_datamodule_is_refused(tmp_path: Path) -> None:

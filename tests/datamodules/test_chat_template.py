@@ -40,6 +40,24 @@ def test_prompts_follow_the_template_and_end_where_the_response_begins(model_fol
     assert decode(tokenize(model_folder, "one", system="Be brief.")[0]) == "^Be brief.>one="
 
 
+def test_messages_before_the_question_go_through_the_template_too(model_folder: str) -> None:
+    def tokens(system: str | None, *context: tuple[str, str]) -> str:
+        question = Question(prompt_id=3, text="two", answer="", context=context)
+        (prompt,) = tokenize_questions(
+            [question],
+            load_tokenizer(model_folder),
+            system_prompt=system,
+            max_prompt_tokens=100,
+            split="training",
+        )
+        return decode(prompt)
+
+    assert tokens(None, ("system", "Think."), ("user", "one")) == "^Think.>one>two="
+    assert tokens("Be brief.", ("user", "one")) == "^Be brief.>one>two="
+    with pytest.raises(ValueError, match=r"training prompt 3 has a system message of its own"):
+        tokens("Be brief.", ("system", "Think."))
+
+
 def test_prompts_keep_the_question_its_answer_and_metadata(model_folder: str) -> None:
     prompt = tokenize(model_folder, "one", "two")[1]
     assert (prompt.prompt_id, prompt.text, prompt.answer) == (1, "two", "a1")

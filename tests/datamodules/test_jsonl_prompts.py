@@ -36,6 +36,16 @@ def test_keys_other_than_question_and_answer_become_metadata(tmp_path: Path) -> 
     assert question.metadata == {"level": "easy"}
 
 
+def test_keys_may_be_dotted_paths_and_questions_conversations(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1?"}]
+    line = json.dumps({"prompt": messages, "reward_model": {"ground_truth": "2"}})
+    path = write(tmp_path / "data.jsonl", line)
+    source = JsonlPrompts(path, held_out_fraction=0, answer_key="reward_model.ground_truth")
+    (question,) = source.load().train
+    assert (question.context, question.text) == ((("system", "Think."),), "1+1?")
+    assert question.answer == "2"
+
+
 def test_a_share_is_held_out_by_seed_and_ids_stay_the_place_in_the_file(tmp_path: Path) -> None:
     path = write_questions(tmp_path / "data.jsonl", 20)
 
@@ -68,11 +78,12 @@ def test_a_second_file_is_held_out_with_ids_of_its_own(tmp_path: Path) -> None:
         ('{"prompt": "?", "answer"}', "data.jsonl, line 3, column 25: malformed JSON"),
         ("[1, 2]", "data.jsonl, line 3: expected a JSON object, got list"),
         ('{"question": "?", "answer": "2"}',
-         "no key 'prompt', found 'question', 'answer'; mend the line or set prompt_key"),
-        ('{"prompt": "?"}', "no key 'answer', found 'prompt'; mend the line or set answer_key"),
+         "no key 'prompt', found 'question', 'answer'; mend the data or set prompt_key"),
+        ('{"prompt": "?"}', "no key 'answer', found 'prompt'; mend the data or set answer_key"),
         ("{}", "line 3: no key 'prompt', found none"),
         ('{"prompt": " ", "answer": "2"}', "line 3: 'prompt' must be a non-empty string, got ' '"),
-        ('{"prompt": 5, "answer": "2"}', "line 3: 'prompt' must be a non-empty string, got 5"),
+        ('{"prompt": 5, "answer": "2"}',
+         "line 3: 'prompt' must be a non-empty string or a list of chat messages, got 5"),
         ('{"prompt": "?", "answer": null}', "'answer' must be a string or a number, got None"),
         ('{"prompt": "?", "answer": true}', "'answer' must be a string or a number, got True"),
         (b'{"prompt": "\xff", "answer": "2"}', "line 3: not UTF-8 text"),

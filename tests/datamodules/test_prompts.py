@@ -95,6 +95,15 @@ def test_training_questions_that_are_held_out_are_dropped_and_counted(
     assert "test data: dropped 2 of 4 training questions" in caplog.text
 
 
+def test_the_same_words_in_another_conversation_are_another_question() -> None:
+    def asked(prompt_id: int, *context: tuple[str, str]) -> Question:
+        return Question(prompt_id=prompt_id, text="Go on.", answer="", context=context)
+
+    train = [asked(0, ("user", "a")), asked(1, ("user", "b"))]
+    splits = split_disjoint(train, [asked(100, ("user", "b"))], "test data")
+    assert [q.prompt_id for q in splits.train] == [0]
+
+
 def test_nothing_left_to_train_on_is_an_error() -> None:
     with pytest.raises(ValueError, match="test data: none of its 1 training questions is left"):
         split_disjoint([question("a")], [question("a")], "test data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -247,6 +248,25 @@ def test_a_checkpoint_of_an_interrupted_step_repeats_the_step(
         resumed, datamodule=make_data(model_folder), ckpt_path=tmp_path / "interrupted.ckpt"
     )
     assert prompt_ids(resumed.train_batches) == prompt_ids(unbroken.train_batches[2:])
+
+
+def test_a_checkpoint_of_a_run_with_another_drafter_is_refused(
+    model_folder: str, tmp_path: Path
+) -> None:
+    def data_with(hidden_size: int | None) -> RolloutDataModule:
+        engine = FakeEngine()
+        if hidden_size is not None:
+            folder = tmp_path / f"drafter_{hidden_size}"
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps({"hidden_size": hidden_size}))
+            engine.drafter_path = str(folder)
+        return make_data(model_folder, engine=engine)
+
+    state = {"position": 3, "engine": None, "drafter": {"hidden_size": 16}}
+    with pytest.raises(ValueError, match="another drafter: hidden_size 16 instead of 32"):
+        data_with(32).load_state_dict(state)
+    data_with(16).load_state_dict(state)
+    data_with(None).load_state_dict(state)  # the rollouts are the same without one
 
 
 def test_validation_repeats_its_prompts_and_randomness_and_moves_no_cursor(

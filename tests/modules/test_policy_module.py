@@ -197,6 +197,22 @@ def test_validation_reports_mean_reward_and_pass_at_1_over_all_rows(
     assert trainer.callback_metrics["reward/test"].item() == pytest.approx(2.5 / 4)
 
 
+def test_pass_at_k_is_a_mean_over_prompts_whatever_the_batches(
+    model_folder: str, make_batch: MakeBatch, fit: Fit
+) -> None:
+    held_out = [
+        make_batch([([1], [2])] * 8, [1, 0, 0, 0, 0.9, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]),
+        make_batch([([1], [2])] * 4, [1, 1, 0, 0], [0, 0, 0, 0]),
+    ]
+    metrics = fit(GRPO(model_folder), held_out=held_out, verb="validate").callback_metrics
+    assert metrics["reward/pass@1"].item() == pytest.approx((1 / 4 + 0 + 2 / 4) / 3)
+    assert metrics["reward/pass@2"].item() == pytest.approx((3 / 6 + 0 + 5 / 6) / 3)
+    assert metrics["reward/pass@4"].item() == pytest.approx((1 + 0 + 1) / 3)
+    assert "reward/pass@8" not in metrics
+    metrics = fit(GRPO(model_folder), held_out=held_out, verb="test").callback_metrics
+    assert metrics["reward/test_pass@4"].item() == pytest.approx(2 / 3)
+
+
 def test_predict_returns_responses_and_rewards(model_folder: str, make_batch: MakeBatch) -> None:
     batch = make_batch([([1], [2]), ([1], [3])], [0.5, 1.0], [0, 0])
     prompt = Prompt(prompt_id=0, tokens=(1,), text="1 + 1", answer="2")

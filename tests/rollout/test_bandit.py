@@ -363,12 +363,17 @@ def test_excluded_arms_are_not_chosen_until_told_anew(make) -> None:
     assert "8_4_48" in {key.split(":")[1] for key in play(bandit, good_drafter(), [1] * 30)}
 
 
-def test_an_excluded_fixed_strategy_gives_way_to_plain_decoding() -> None:
-    selector = FixedStrategy("8_4_48")
-    selector.exclude([DraftStrategy.parse("8_4_48")])
-    assert selector.select(1, 10) == OFF
+@pytest.mark.parametrize(
+    ("strategy", "stand_in"), [("8_4_48", "ngram_8_4_48"), ("ngram_8_4_48", "off"), ("off", "off")]
+)
+def test_an_excluded_fixed_strategy_gives_way_to_n_grams_and_these_to_plain_decoding(
+    strategy: str, stand_in: str
+) -> None:
+    selector = FixedStrategy(strategy)
+    selector.exclude([DraftStrategy.parse(strategy)])
+    assert selector.select(1, 10) == DraftStrategy.parse(stand_in)
     selector.exclude([])
-    assert selector.select(1, 10) == DraftStrategy.parse("8_4_48")
+    assert selector.select(1, 10) == DraftStrategy.parse(strategy)
 
 
 def test_selectors_satisfy_the_engine_protocol() -> None:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import make_quickstart_models as script
 import pytest
+import quickstart_task as task
 import torch
 from reasoning_gym.utils import extract_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import make_quickstart_models as script
-import quickstart_task as task
 
 EQUATION = re.compile(r"(-?\d+) ([+-]) (\d+) = (-?\d+)")
 

@@ -9,8 +9,8 @@ depends on how sequences were packed. The cross-entropy is against the target's 
 they get no gradient.
 
 Source: EAGLE (Li et al., 2024, arXiv 2401.15077), section 4.2, which weighs cross-entropy 0.1 to
-SmoothL1 1. Leaves out multi-step training (HASS, EAGLE-3). Shape legend: fastrl/types.py; M counts
-pairs of the mask.
+SmoothL1 1. Leaves out multi-step training (HASS, EAGLE-3); chain.py measures what that would train.
+Shape legend: fastrl/types.py; M counts pairs of the mask.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastrl.rollout.sampling import log_distribution
 from fastrl.types import SamplingParams
 
 _WHOLE_DISTRIBUTION = SamplingParams()
-_MAX_CHUNK_LOGITS = 2**24
+MAX_CHUNK_LOGITS = 2**24
 """Logits held at a time, of drafter and target each: 64 MiB in float32."""
 
 
@@ -50,7 +50,7 @@ def eagle_loss(
     packed: PackedFeatures,
     *,
     hidden_loss_weight: float,
-    max_chunk_logits: int = _MAX_CHUNK_LOGITS,
+    max_chunk_logits: int = MAX_CHUNK_LOGITS,
 ) -> EagleLoss:
     """Loss of the drafter's predictions over one packed row.
 
@@ -76,7 +76,7 @@ def eagle_loss(
     )
     predicted_MD, target_MD = predicted_BTD[mask_BT], packed.target_hidden_BTD[mask_BT]
     hidden = smooth_l1_loss(predicted_MD.float(), target_MD.float())
-    sums = _distribution_sums(predicted_MD, target_MD, lm_head_VD.detach(), max_chunk_logits)
+    sums = distribution_sums(predicted_MD, target_MD, lm_head_VD.detach(), max_chunk_logits)
     cross_entropy, agreement, acceptance = (sums / num_masked).unbind()
     return EagleLoss(
         loss=cross_entropy + hidden_loss_weight * hidden,
@@ -87,10 +87,17 @@ def eagle_loss(
     )
 
 
-def _distribution_sums(
+def distribution_sums(
     predicted_MD: Tensor, target_MD: Tensor, lm_head_VD: Tensor, max_chunk_logits: int
 ) -> Tensor:
-    """[3] float32: cross-entropy, top-1 agreement and top-1 acceptance, summed over M."""
+    """[3] float32: cross-entropy, top-1 agreement and top-1 acceptance, summed over M.
+
+    Args:
+        predicted_MD: hidden states that the drafter predicts.
+        target_MD: the target's own, in the same places.
+        lm_head_VD: the target's LM head.
+        max_chunk_logits: places × vocabulary held in memory at a time; backward recomputes them.
+    """
     chunk = max(max_chunk_logits // lm_head_VD.shape[0], 1)
     if len(predicted_MD) <= chunk:
         return _chunk_sums(predicted_MD, target_MD, lm_head_VD)

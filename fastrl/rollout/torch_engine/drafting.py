@@ -12,7 +12,6 @@ is; its filters are the target's business. Shape legend: fastrl/types.py.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Protocol
 
 import torch
@@ -20,10 +19,12 @@ from torch import Tensor
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.sampling import log_distribution
-from fastrl.rollout.torch_engine.kv_cache import CacheView, KVCache
+from fastrl.rollout.torch_engine.cache_views import CausalView, DraftWindow
+from fastrl.rollout.torch_engine.eagle_forward import EagleForward
+from fastrl.rollout.torch_engine.kv_cache import KVCache
 from fastrl.rollout.torch_engine.rows import LiveRows
 from fastrl.rollout.torch_engine.target import TargetModel
-from fastrl.rollout.tree import DraftTree, TreeBuilder
+from fastrl.rollout.tree import DraftTree, TreeBuilder, chain
 from fastrl.types import DraftStrategy, SamplingParams
 
 _CATCH_UP_PAIRS = 64
@@ -48,6 +49,10 @@ class Drafting(Protocol):
         """A tree for each live row."""
         ...
 
+    def is_finite(self) -> bool:
+        """Whether the last draft was made of numbers; waits for the device."""
+        ...
+
     def release(self) -> None:
         """Give back cache memory."""
         ...
@@ -65,8 +70,10 @@ class EagleDrafting:
     def __init__(self, drafter: EagleDrafter, target: TargetModel, num_rows: int) -> None:
         self.drafter = drafter
         self._target = target
+        self._forward = EagleForward(drafter, target.embedding)
         self._cache = self._new_cache(num_rows)
         self._lengths = [0] * num_rows  # pairs cached, by row
+        self._last_hidden_BD = torch.zeros(0)  # after the last sampled tokens, of the last draft
 
     def _new_cache(self, num_rows: int) -> KVCache:
         return KVCache(
@@ -78,6 +85,11 @@ class EagleDrafting:
             device=self._target.device,
         )
 
+    def refresh(self) -> None:
+        """Serve the drafter's weights as they now are."""
+        self._forward.refresh()
+        self._last_hidden_BD = torch.zeros(0)
+
     def prefill(self, tokens_BT: Tensor, hidden_BTD: Tensor, lengths: list[int]) -> list[Tensor]:
         """Read the pairs of prompts in scratch cache rows; the entries of each."""
         scratch = self._new_cache(len(lengths))
@@ -85,7 +97,7 @@ class EagleDrafting:
         scratch.reserve(num_pairs, 0)
         if num_pairs:
             base_B = torch.zeros(len(lengths), dtype=torch.int64, device=tokens_BT.device)
-            self._extend(scratch, 0, base_B, 0, tokens_BT[:, 1:], hidden_BTD[:, :-1])
+            self._extend(scratch, base_B, 0, tokens_BT[:, 1:], hidden_BTD[:, :-1])
         return [scratch.view_row(row, length - 1) for row, length in enumerate(lengths)]
 
     def admit(self, row: int, prompt_state: Tensor) -> None:
@@ -99,6 +111,10 @@ class EagleDrafting:
         self._cache.copy_row(source, target, self._lengths[source])
         self._lengths[target] = self._lengths[source]
 
+    def is_finite(self) -> bool:
+        """Whether the last draft was made of numbers; waits for the device."""
+        return bool(self._last_hidden_BD.isfinite().all())
+
     def release(self) -> None:
         """Give back the cache's memory."""
         self._cache.release()
@@ -108,27 +124,60 @@ class EagleDrafting:
         # Room for the tree's scratch entries, and for the padding of rows that catch up less.
         width = max(strategy.depth * strategy.topk, _CATCH_UP_PAIRS)
         self._cache.reserve(rows.longest + width, len(rows))
-        hidden_BKD = self._catch_up(rows).unsqueeze(1)
+        self._last_hidden_BD = self._catch_up(rows)
+        hidden_BKD = self._last_hidden_BD.unsqueeze(1)
+        window = DraftWindow(
+            self._cache,
+            base_B=rows.lengths_B[: len(rows)],
+            longest_base=rows.longest,
+            num_levels=strategy.depth - 1,
+            beam=strategy.topk,
+        )
+        if strategy.topk == 1:
+            return self._draft_chain(rows, strategy.depth, hidden_BKD, window)
+        return self._draft_tree(rows, strategy, sampling, hidden_BKD, window)
+
+    def _draft_chain(
+        self, rows: LiveRows, depth: int, hidden_B1D: Tensor, window: DraftWindow
+    ) -> DraftTree:
+        """The most likely token each time; how likely it is matters to nobody."""
+        tokens = [rows.last_tokens().unsqueeze(1)]
+        for level in range(depth):
+            if level:
+                window.add_level(None)
+                hidden_B1D = self._draft_level(rows, tokens[-1], hidden_B1D, window, level)
+            tokens.append(self._target.lm_head(hidden_B1D).argmax(-1))
+        return chain(torch.cat(tokens, dim=1))
+
+    def _draft_tree(
+        self,
+        rows: LiveRows,
+        strategy: DraftStrategy,
+        sampling: SamplingParams,
+        hidden_BKD: Tensor,
+        window: DraftWindow,
+    ) -> DraftTree:
+        unfiltered = SamplingParams(temperature=sampling.temperature or 1.0)
         builder = TreeBuilder(rows.last_tokens(), strategy.topk)
-        builder.expand(self._logprobs(hidden_BKD, sampling))
-        own_BKK = torch.eye(strategy.topk, dtype=torch.bool, device=self._target.device)
-        own_BKK = own_BKK.expand(len(rows), -1, -1)
-        visible_BKM = own_BKK
-        for level in range(1, strategy.depth):
-            if level > 1:  # what its parents saw of the scratch entries, and itself
-                inherited_BKM = _gather_rows(visible_BKM, builder.beam_parents_BK)
-                visible_BKM = torch.cat((inherited_BKM, own_BKK), dim=2)
-            hidden_BKD = _gather_rows(hidden_BKD, builder.beam_parents_BK)
-            hidden_BKD = self._draft_level(rows, builder, hidden_BKD, visible_BKM, level)
-            builder.expand(self._logprobs(hidden_BKD, sampling))
+        for level in range(strategy.depth):
+            if level:
+                parents_BK = builder.beam_parents_BK
+                window.add_level(parents_BK)
+                index_BKD = parents_BK.unsqueeze(-1).expand(-1, -1, hidden_BKD.shape[2])
+                hidden_BKD = hidden_BKD.gather(1, index_BKD)
+                hidden_BKD = self._draft_level(
+                    rows, builder.beam_tokens_BK, hidden_BKD, window, level
+                )
+            builder.expand(log_distribution(self._target.lm_head(hidden_BKD), unfiltered))
         return builder.build(strategy.verify_tokens)
 
-    def _logprobs(self, hidden_BKD: Tensor, sampling: SamplingParams) -> Tensor:
-        temperature = sampling.temperature or 1.0
-        unfiltered = dataclasses.replace(
-            sampling, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0
-        )
-        return log_distribution(self._target.lm_head(hidden_BKD), unfiltered)
+    def _draft_level(
+        self, rows: LiveRows, tokens_BK: Tensor, hidden_BKD: Tensor, window: DraftWindow, level: int
+    ) -> Tensor:
+        """Predicted hidden states after the nodes of a level, [B, K, D]."""
+        positions_B1 = rows.lengths_B[: len(rows), None] + (level - 1)
+        longest = rows.longest + level - 1
+        return self._forward(tokens_BK, hidden_BKD, positions_B1, window, longest)
 
     def _catch_up(self, rows: LiveRows) -> Tensor:
         """Extend every live row to its last sampled token; predicted hidden states there, [B,
@@ -150,73 +199,31 @@ class EagleDrafting:
             min(length, request.cached_length - 1)
             for length, request in zip(self._lengths, rows.requests, strict=False)
         ]
-        base_B = rows.lengths_B.new_tensor(starts)
-        columns_BT = base_B.unsqueeze(1) + torch.arange(width, device=base_B.device)
-        rows_B1 = rows.row_numbers_B[:count, None]
         rows.reserve(max(starts) + width + 2)
-        tokens_BT = rows.tokens_BS[rows_B1, columns_BT + 1]
-        hidden_BTD = rows.hidden_BSD[rows_B1, columns_BT]
-        output_BTD = self._extend(self._cache, 0, base_B, max(starts), tokens_BT, hidden_BTD)
+        starts_B, last_B = rows.lengths_B.new_tensor([starts, [pairs - 1 for pairs in taken]])
+        columns_BT = starts_B.unsqueeze(1) + self._cache.columns(width)
+        rows_B1 = rows.row_numbers_B[:count, None]
+        output_BTD = self._extend(
+            self._cache,
+            starts_B,
+            max(starts),
+            rows.tokens_BS[rows_B1, columns_BT + 1],
+            rows.hidden_BSD[rows_B1, columns_BT],
+        )
         for row, pairs in enumerate(taken):
             self._lengths[row] = starts[row] + pairs
-        last_B = base_B.new_tensor(taken) - 1
         return output_BTD[rows.row_numbers_B[:count], last_B]
 
     def _extend(
         self,
         cache: KVCache,
-        first_row: int,
         base_B: Tensor,
         longest_base: int,
         tokens_BT: Tensor,
         hidden_BTD: Tensor,
     ) -> Tensor:
         """Run consecutive pairs through the drafter, each row from its base on."""
-        num_rows, width = tokens_BT.shape
-        steps_T = torch.arange(width, device=tokens_BT.device)
-        positions_BT = base_B.unsqueeze(1) + steps_T
-        causal_TT = steps_T <= steps_T.unsqueeze(1)
-        view = CacheView(
-            cache,
-            first_row=first_row,
-            base_B=base_B,
-            visible_BTM=causal_TT.expand(num_rows, -1, -1),
-            offset=0,
-            longest_base=longest_base,
-            positions_BT=positions_BT,
-        )
-        return self._run(tokens_BT, hidden_BTD, positions_BT, view)
-
-    def _draft_level(
-        self,
-        rows: LiveRows,
-        builder: TreeBuilder,
-        hidden_BKD: Tensor,
-        visible_BKM: Tensor,
-        level: int,
-    ) -> Tensor:
-        """Predicted hidden states after the nodes of the beam, [B, K, D]."""
-        base_B = rows.lengths_B[: len(rows)]
-        positions_BK = (base_B + level - 1).unsqueeze(1).expand_as(builder.beam_tokens_BK)
-        view = CacheView(
-            self._cache,
-            first_row=0,
-            base_B=base_B,
-            visible_BTM=visible_BKM,
-            offset=(level - 1) * builder.beam_tokens_BK.shape[1],
-            longest_base=rows.longest,
-            positions_BT=positions_BK,
-        )
-        return self._run(builder.beam_tokens_BK, hidden_BKD, positions_BK, view)
-
-    def _run(
-        self, tokens_BT: Tensor, hidden_BTD: Tensor, positions_BT: Tensor, view: CacheView
-    ) -> Tensor:
-        embeddings_BTD = self._target.embedding(tokens_BT)
-        hidden: Tensor = self.drafter(embeddings_BTD, hidden_BTD, positions_BT, kv_view=view)
-        return hidden
-
-
-def _gather_rows(values_BKD: Tensor, index_BK: Tensor) -> Tensor:
-    """values[b, index[b, k]] for each b and k."""
-    return values_BKD.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, values_BKD.shape[2]))
+        width = tokens_BT.shape[1]
+        view = CausalView(cache, base_B=base_B, longest_base=longest_base, num_tokens=width)
+        positions_BT = base_B.unsqueeze(1) + cache.columns(width)
+        return self._forward(tokens_BT, hidden_BTD, positions_BT, view, longest_base + width - 1)

@@ -6,6 +6,8 @@ generation.py. Leaves out distribution over ranks: each rank has an engine of it
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +24,20 @@ from transformers import (
 )
 
 from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.drafter_health import DrafterHealth, WatchedSelector
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.response_store import ResponseStore
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector
 from fastrl.rollout.sampling import request_key
-from fastrl.rollout.torch_engine.drafting import Drafting, EagleDrafting
+from fastrl.rollout.torch_engine.drafting import EagleDrafting
 from fastrl.rollout.torch_engine.generation import Generation
 from fastrl.rollout.torch_engine.kv_cache import KVCache
+from fastrl.rollout.torch_engine.ngram_drafting import NgramDrafting
 from fastrl.rollout.torch_engine.profiling import step_seconds
 from fastrl.rollout.torch_engine.requests import EndOfResponse
 from fastrl.rollout.torch_engine.rows import Request
 from fastrl.rollout.torch_engine.target import TargetModel
-from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
+from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams, StepStats
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,16 +49,18 @@ class _Loaded:
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
     drafter: EagleDrafter | None
-    drafting: Drafting | None
+    drafting: EagleDrafting | None
 
 
 class TorchEngine:
     """Rollouts from transformers' own modules, on a CPU or one GPU.
 
     Args:
-        drafter_path: Folder of the EAGLE drafter to speculate with; null: no speculation.
-        strategy: Draft tree of every step, as depth_topk_verifytokens ('4_2_8') or 'off'; a
-            StrategyAdaptation callback replaces it by a bandit.
+        drafter_path: Folder of the EAGLE drafter to speculate with; null: only n-gram strategies
+            can.
+        strategy: Draft tree of every step, as depth_topk_verifytokens ('4_2_8'; with 'ngram_'
+            before it, drafted from earlier text) or 'off'; a StrategyAdaptation callback replaces
+            it by a bandit.
         max_batch_size: Most rollouts decoded at once; others wait in a queue.
         dtype: Numbers to compute in; the policy's own weights are shared if they have it.
         device: Where to compute: 'cpu', 'cuda', 'cuda:1', or 'auto' for a GPU if there is one.
@@ -83,6 +90,9 @@ class TorchEngine:
         self._drafter_version = -1
         self._stats = EngineStats()
         self._known_strategies: set[DraftStrategy] = set()
+        self._responses = ResponseStore()
+        self._health = DrafterHealth()
+        self._failures: list[str] = []  # since the last `generate` ended
         self._loaded: _Loaded | None = None
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -106,6 +116,9 @@ class TorchEngine:
         )
         for strategy in self.strategy_selector.strategies:
             self._check_strategy(strategy)
+        if drafter is not None:
+            self._health.start(f"drafter of {self.drafter_path}", drafter.named_weights())
+            self._note_failure()
 
     @property
     def policy_version(self) -> int:
@@ -123,12 +136,18 @@ class TorchEngine:
         self._policy_version = version
 
     def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the drafter's trainable weights, by copy."""
-        drafter = self._started().drafter
-        if drafter is None:
+        """Take the drafter's trainable weights, by copy, and judge it anew."""
+        loaded = self._started()
+        drafter, drafting = loaded.drafter, loaded.drafting
+        if drafter is None or drafting is None:
             raise ValueError("load_drafter: the engine has no drafter; set engine.drafter_path")
         drafter.load_weights(named_tensors, source=f"publication {version}")
+        drafting.refresh()
         self._drafter_version = version
+        if self._health.failure is not None:
+            self.strategy_selector.exclude([])
+        self._health.start(f"drafter version {version}", drafter.named_weights())
+        self._note_failure()
 
     def stats(self) -> EngineStats:
         """What the last `generate` did."""
@@ -146,17 +165,24 @@ class TorchEngine:
         self._started()
 
     def state_dict(self) -> dict[str, Any]:
-        """Versions; the weights themselves are pushed again on resume."""
-        return {"policy_version": self._policy_version, "drafter_version": self._drafter_version}
+        """Versions, and the responses that n-grams are drafted from: up to a million tokens, as
+        plain lists. The weights themselves are pushed again on resume."""
+        return {
+            "policy_version": self._policy_version,
+            "drafter_version": self._drafter_version,
+            "responses": self._responses.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing is loaded yet after a resume, whatever the versions were: pushes follow."""
         self._policy_version = -1
         self._drafter_version = -1
+        self._responses.load_state_dict(state["responses"])
 
     def close(self) -> None:
-        """Free model and caches."""
+        """Free model, caches and responses."""
         self._loaded = None
+        self._responses.clear()
         self._policy_version = self._drafter_version = -1
 
     def _started(self) -> _Loaded:
@@ -189,11 +215,21 @@ class TorchEngine:
         for prompt in prompts:
             _check_prompt(prompt, loaded.target.max_context)
         self._answer_cost_queries(loaded)
+        if self._health.failure is not None:  # whichever selector is set by now
+            self._exclude_learned()
         generation = self._generation(
-            loaded, self.strategy_selector, sampling, return_hidden_states=return_hidden_states
+            loaded,
+            WatchedSelector(self.strategy_selector, self._look_at_step),
+            NgramDrafting(self._responses),
+            sampling,
+            return_hidden_states=return_hidden_states,
         )
         rollouts = generation.run(_requests(prompts, num_samples, seed, rl_step))
-        self._stats = generation.statistics.result(perf_counter() - started)
+        self._remember(rollouts)
+        self._check_drafts(loaded)
+        stats = generation.statistics.result(perf_counter() - started)
+        self._stats = dataclasses.replace(stats, drafter_failures=tuple(self._failures))
+        self._failures.clear()
         if self.on_idle is not None and self.others_generate():
             self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
         return rollouts
@@ -202,6 +238,7 @@ class TorchEngine:
         self,
         loaded: _Loaded,
         selector: StrategySelector,
+        ngram_drafting: NgramDrafting,
         sampling: SamplingParams,
         *,
         return_hidden_states: bool = False,
@@ -210,6 +247,7 @@ class TorchEngine:
             target=loaded.target,
             cache=loaded.cache,
             drafting=loaded.drafting,
+            ngram_drafting=ngram_drafting,
             selector=selector,
             check_strategy=self._check_strategy,
             end=EndOfResponse(
@@ -227,7 +265,9 @@ class TorchEngine:
             selector: StrategySelector, prompt: Prompt, num_samples: int, sampling: SamplingParams
         ) -> None:
             requests = _requests([prompt], num_samples, seed=0, rl_step=0)
-            self._generation(loaded, selector, sampling).run(requests)
+            # On random tokens n-grams find little: what their steps cost is what full trees cost.
+            ngram_drafting = NgramDrafting(ResponseStore(), has_full_trees=True)
+            self._generation(loaded, selector, ngram_drafting, sampling).run(requests)
 
         for query in self.strategy_selector.cost_queries(self._max_batch_size):
             seconds = step_seconds(
@@ -242,10 +282,10 @@ class TorchEngine:
         if strategy in self._known_strategies:
             return
         loaded = self._started()
-        if not strategy.is_off and loaded.drafting is None:
+        if strategy.needs_learned_drafter and loaded.drafting is None:
             raise ValueError(
                 f"strategy {strategy} needs a drafter, but engine.drafter_path is null; set it to "
-                f"a drafter checkpoint, or use strategy 'off'"
+                f"a drafter checkpoint, or use strategy 'ngram_{strategy}' or 'off'"
             )
         vocab_size = loaded.target.config.vocab_size
         if strategy.topk > vocab_size:
@@ -254,6 +294,45 @@ class TorchEngine:
                 f"({vocab_size}); lower it"
             )
         self._known_strategies.add(strategy)
+
+    def _remember(self, rollouts: Sequence[Rollout]) -> None:
+        """Keep the responses of each prompt, to draft from when it is asked again."""
+        by_prompt: dict[int, list[Sequence[int]]] = {}
+        for rollout in rollouts:
+            by_prompt.setdefault(rollout.prompt.prompt_id, []).append(rollout.tokens)
+        for prompt_id, responses in by_prompt.items():
+            self._responses.put(prompt_id, responses)
+
+    # -- the learned drafter's health -------------------------------------------------------------
+
+    def _look_at_step(self, stats: StepStats) -> None:
+        was_healthy = self._health.failure is None
+        self._health.record(stats)
+        if was_healthy:
+            self._note_failure()
+
+    def _check_drafts(self, loaded: _Loaded) -> None:
+        """After a call, when waiting for the device costs nothing."""
+        if self._health.failure is not None or loaded.drafting is None:
+            return
+        if not loaded.drafting.is_finite():
+            self._health.fail("its drafts are not numbers")
+            self._note_failure()
+
+    def _note_failure(self) -> None:
+        """Name a drafter just found bad, and speculate without it until the next is published."""
+        if self._health.failure is not None:
+            self._failures.append(self._health.failure)
+            warnings.warn(
+                f"{self._health.failure}. Its strategies are left out until the next drafter is "
+                f"published; n-gram strategies, if the selector has any, or 'off' take their place",
+                stacklevel=3,
+            )
+            self._exclude_learned()
+
+    def _exclude_learned(self) -> None:
+        selector = self.strategy_selector
+        selector.exclude([one for one in selector.strategies if one.needs_learned_drafter])
 
 
 def _nobody() -> bool:

@@ -22,8 +22,10 @@ from torch import Tensor
 from fastrl.rollout.accept import Acceptance, accept
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sampling import log_distribution, position_uniforms, sample_inverse_cdf
+from fastrl.rollout.torch_engine.cache_views import CausalView, TreeView
 from fastrl.rollout.torch_engine.drafting import Drafting
-from fastrl.rollout.torch_engine.kv_cache import CacheView, KVCache
+from fastrl.rollout.torch_engine.kv_cache import KVCache
+from fastrl.rollout.torch_engine.ngram_drafting import NgramDrafting
 from fastrl.rollout.torch_engine.prefill import PromptState, prefill
 from fastrl.rollout.torch_engine.requests import EndOfResponse
 from fastrl.rollout.torch_engine.rows import LiveRows, Request
@@ -58,7 +60,8 @@ class Generation:
     Args:
         target: with weights.
         cache: of the target, for as many rows as may live at once.
-        drafting: None: no speculation.
+        drafting: of learned strategies; None: there are none.
+        ngram_drafting: of n-gram strategies; made for this call.
         selector: asked before each step, told after it.
         check_strategy: raises for a strategy that cannot run here.
         end: ends responses.
@@ -73,6 +76,7 @@ class Generation:
         target: TargetModel,
         cache: KVCache,
         drafting: Drafting | None,
+        ngram_drafting: NgramDrafting,
         selector: StrategySelector,
         check_strategy: Callable[[DraftStrategy], None],
         end: EndOfResponse,
@@ -83,6 +87,7 @@ class Generation:
         self._target = target
         self._cache = cache
         self._drafting = drafting
+        self._ngram_drafting = ngram_drafting
         self._selector = selector
         self._check_strategy = check_strategy
         self._end = end
@@ -123,6 +128,7 @@ class Generation:
             for request, state, token_B, token, logprob in zip(
                 batch, states, tokens_B, tokens_B.tolist(), logprobs_B.tolist(), strict=True
             ):
+                self._ngram_drafting.admit(request)
                 _, reason = self._end.take(request, [token], [logprob])
                 if reason is None:
                     self._start_row(request, state, token_B)
@@ -181,7 +187,7 @@ class Generation:
         self._check_strategy(strategy)
         started = perf_counter()
         tree = self._draft(strategy)
-        emitted = self._verify(tree, is_chain=strategy.topk == 1)
+        emitted = self._verify(tree)
         reasons, num_taken = self._take(emitted, strategy)
         self.statistics.add_step(strategy, num_taken, emitted.num_accepted)
         offered, accepted = _acceptance_by_rank(emitted, strategy)
@@ -199,44 +205,54 @@ class Generation:
         return reasons
 
     def _draft(self, strategy: DraftStrategy) -> DraftTree:
-        if strategy.is_off or self._drafting is None:
+        if strategy.is_off:
             return root_only(self._rows.last_tokens())
         started = perf_counter()
-        tree = self._drafting.draft(self._rows, strategy, self._sampling)
+        if strategy.drafter == "ngram":
+            tree = self._ngram_drafting.draft(self._rows, strategy)
+        else:
+            assert self._drafting is not None, "check_strategy refuses what cannot be drafted"
+            tree = self._drafting.draft(self._rows, strategy, self._sampling)
         self.statistics.draft_seconds += perf_counter() - started
         return tree
 
-    def _verify(self, tree: DraftTree, *, is_chain: bool) -> _Emitted:
+    def _verify(self, tree: DraftTree) -> _Emitted:
         """Sample the target after every node, keep the confirmed path, append what it emits."""
         rows, count, longest = self._rows, len(self._rows), self._rows.longest
         self._cache.reserve(longest + tree.num_nodes, count)
         rows.reserve(longest + tree.depth + 2)
         base_B = rows.lengths_B[:count]
         positions_BN = base_B.unsqueeze(1) + tree.depths_BN
-        view = CacheView(
-            self._cache,
-            first_row=0,
-            base_B=base_B,
-            visible_BTM=tree.ancestors_BNN,
-            offset=0,
-            longest_base=longest,
-            positions_BT=positions_BN,
-        )
+        view = self._view(tree, base_B, longest, positions_BN)
         hidden_BND = self._target.forward(tree.tokens_BN, positions_BN, view)
         logprobs_BNV = log_distribution(self._target.lm_head(hidden_BND), self._sampling)
-        # Position within the response: a row of prompt + k tokens, its last not cached, samples k.
-        response_positions_BN = positions_BN + 1 - rows.prompt_lengths_B[:count, None]
-        uniforms_BN = position_uniforms(rows.keys_B[:count, None], response_positions_BN)
+        # What a node samples stands in the column after its own.
+        uniforms_BN = rows.uniforms_BS[:count].gather(1, positions_BN + 1)
         sampled_BN = sample_inverse_cdf(logprobs_BNV, uniforms_BN)
-        accepted = accept(tree, sampled_BN)
-        if tree.depth and not is_chain:
-            self._cache.keep_path(view.places_BT[:, 0], accepted.path_BP)
-        path_BPD = accepted.path_BP.unsqueeze(-1).expand(-1, -1, hidden_BND.shape[-1])
-        rows.append(
-            accepted.emitted_BP, accepted.num_accepted_B + 1, hidden_BND.gather(1, path_BPD)
-        )
         sampled_logprobs_BN = logprobs_BNV.gather(-1, sampled_BN.unsqueeze(-1)).squeeze(-1)
-        return _to_host(accepted, sampled_logprobs_BN.gather(1, accepted.path_BP))
+        accepted = accept(tree, sampled_BN)
+        if not tree.is_chain:  # a chain's entries stand together already
+            self._cache.keep_path(view.places_BT[:, 0], accepted.path_BP)
+            path_BPD = accepted.path_BP.unsqueeze(-1).expand(-1, -1, hidden_BND.shape[-1])
+            hidden_BND = hidden_BND.gather(1, path_BPD)
+            sampled_logprobs_BN = sampled_logprobs_BN.gather(1, accepted.path_BP)
+        rows.append(accepted.emitted_BP, accepted.num_accepted_B + 1, hidden_BND)
+        return _to_host(accepted, sampled_logprobs_BN)
+
+    def _view(
+        self, tree: DraftTree, base_B: Tensor, longest_base: int, positions_BN: Tensor
+    ) -> CausalView | TreeView:
+        if tree.is_chain:
+            return CausalView(
+                self._cache, base_B=base_B, longest_base=longest_base, num_tokens=tree.num_nodes
+            )
+        return TreeView(
+            self._cache,
+            base_B=base_B,
+            longest_base=longest_base,
+            ancestors_BNN=tree.ancestors_BNN,
+            positions_BN=positions_BN,
+        )
 
     def _take(
         self, emitted: _Emitted, strategy: DraftStrategy

@@ -1,10 +1,11 @@
-"""A preallocated key-value cache of fixed rows, written and read through views of one forward pass.
+"""A preallocated key-value cache of fixed rows.
 
 Layout: token-major, [L, 2, rows * columns, H, d]. One forward writes its new entries with one
 `index_copy_` a layer and tensor, reads them as strided views, and keeping an accepted path is one
 gather and one copy for all layers. Live rows are the first ones: cost follows the live batch.
 
-Leaves out which row belongs to whom (rows.py). Shape legend: fastrl/types.py.
+Leaves out which row belongs to whom (rows.py), and what a forward pass writes and sees
+(cache_views.py). Shape legend: fastrl/types.py.
 """
 
 from __future__ import annotations
@@ -50,6 +51,14 @@ class KVCache:
         self._flat = [(layer[0], layer[1]) for layer in self._entries]
         self._by_row = [(layer[0], layer[1]) for layer in by_row.transpose(3, 4)]
         self._storage = by_row
+        self._columns_S = torch.arange(self.num_columns, device=by_row.device)
+        rows_B1 = torch.arange(self.num_rows, device=by_row.device).unsqueeze(1)
+        self._row_starts_B1 = rows_B1 * self.num_columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries."""
+        return self._entries.dtype
 
     @property
     def device(self) -> torch.device:
@@ -88,9 +97,13 @@ class KVCache:
         keys, values = self._by_row[layer]
         return keys[rows, :, :num_columns], values[rows, :, :num_columns]
 
-    def places(self, rows_B: Tensor, columns_BT: Tensor) -> Tensor:
-        """Flat places [B, T] of columns of rows."""
-        return rows_B.unsqueeze(1) * self.num_columns + columns_BT
+    def columns(self, count: int) -> Tensor:
+        """[count] int64: 0, 1, …, of the reserved columns."""
+        return self._columns_S[:count]
+
+    def places(self, first_row: int, num_rows: int, columns_BT: Tensor) -> Tensor:
+        """Flat places [B, T] of columns of consecutive rows."""
+        return self._row_starts_B1[first_row : first_row + num_rows] + columns_BT
 
     def keep_path(self, first_places_B: Tensor, path_BP: Tensor) -> None:
         """Move the entries of an accepted path together.
@@ -116,81 +129,3 @@ class KVCache:
     def load_row(self, row: int, entries: Tensor) -> None:
         """Write entries as `view_row` gave them into the first columns of a row."""
         self.view_row(row, entries.shape[2]).copy_(entries)
-
-
-class CacheView:
-    """One forward pass over consecutive rows of a cache: where it writes, what it sees.
-
-    Queries of row b see the row's first `base_B[b]` columns, and of the window of columns after
-    these what `visible_BTM` says. They write to the columns `base_B[b] + offset + t`.
-
-    Args:
-        cache: reserved far enough.
-        first_row: of the consecutive rows.
-        base_B: int64, columns of each row that all its queries see.
-        visible_BTM: bool, which of the M columns after the base each query sees; its own too.
-        offset: where in that window the new entries start.
-        longest_base: the largest of base_B, known to the host.
-        positions_BT: int64, rotary positions of the queries: what a sliding window counts in.
-    """
-
-    def __init__(
-        self,
-        cache: KVCache,
-        *,
-        first_row: int,
-        base_B: Tensor,
-        visible_BTM: Tensor,
-        offset: int,
-        longest_base: int,
-        positions_BT: Tensor,
-    ) -> None:
-        num_rows, num_queries, window = visible_BTM.shape
-        self._cache = cache
-        self._rows = slice(first_row, first_row + num_rows)
-        self._base_B = base_B
-        self._visible_BTM = visible_BTM
-        self._num_columns = longest_base + window
-        self._positions_BT = positions_BT
-        self._is_all_visible = num_rows == 1 and num_queries == 1 and window == 1
-        self._masks: dict[int | None, Tensor] = {}
-        rows_B = torch.arange(first_row, first_row + num_rows, device=cache.device)
-        steps_T = torch.arange(offset, offset + num_queries, device=cache.device)
-        self.places_BT = cache.places(rows_B, base_B.unsqueeze(1) + steps_T)
-        self._places = self.places_BT.flatten()
-
-    def update(self, layer: int, keys_BHTd: Tensor, values_BHTd: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new entries; return all visible ones, [B, H, S, d] each."""
-        self._cache.write(layer, self._places, keys_BHTd, values_BHTd)
-        return self._cache.read(layer, self._rows, self._num_columns)
-
-    def additive_mask(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """[B, 1, T, S]: 0 where a query may see a key, the dtype's lowest value elsewhere."""
-        if sliding_window is not None and self._num_columns <= sliding_window:
-            sliding_window = None
-        if self._is_all_visible and sliding_window is None:
-            return None
-        if sliding_window not in self._masks:
-            visible_BTS = self._visible_columns(sliding_window)
-            mask = torch.zeros(visible_BTS.shape, dtype=dtype, device=visible_BTS.device)
-            mask.masked_fill_(~visible_BTS, torch.finfo(dtype).min)
-            self._masks[sliding_window] = mask.unsqueeze(1)
-        return self._masks[sliding_window]
-
-    def _visible_columns(self, sliding_window: int | None) -> Tensor:
-        """[B, T, S] bool."""
-        num_rows, num_queries, window = self._visible_BTM.shape
-        columns_S = torch.arange(self._num_columns, device=self._base_B.device)
-        base_B1 = self._base_B.unsqueeze(1)
-        window_columns_BM = base_B1 + columns_S[:window]
-        visible_BTS = (columns_S < base_B1).unsqueeze(1).repeat(1, num_queries, 1)
-        index_BTM = window_columns_BM.unsqueeze(1).expand(-1, num_queries, -1)
-        visible_BTS.scatter_(2, index_BTM, self._visible_BTM)
-        if sliding_window is None:
-            return visible_BTS
-        if window != num_queries:
-            raise AssertionError("a sliding window needs the positions of the whole tree's columns")
-        positions_BS = columns_S.repeat(num_rows, 1)
-        positions_BS.scatter_(1, window_columns_BM, self._positions_BT)
-        oldest_BT1 = self._positions_BT.unsqueeze(-1) - sliding_window
-        return visible_BTS & (positions_BS.unsqueeze(1) > oldest_BT1)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastrl.rollout.sampling import log_distribution
+from fastrl.rollout.torch_engine.cache_views import CausalView
 from fastrl.rollout.torch_engine.drafting import Drafting
-from fastrl.rollout.torch_engine.kv_cache import CacheView
 from fastrl.rollout.torch_engine.target import TargetModel
 from fastrl.types import Prompt, SamplingParams
 
@@ -68,18 +68,14 @@ def _prefill_batch(
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : lengths[row]] = torch.tensor(prompt.tokens)
     tokens_BT = tokens_BT.to(target.device)
-    steps_T = torch.arange(longest, device=target.device)
-    positions_BT = steps_T.expand(num_rows, -1)
+    positions_BT = torch.arange(longest, device=target.device).expand(num_rows, -1)
     scratch = target.new_cache(num_rows)
     scratch.reserve(longest, 0)
-    view = CacheView(
+    view = CausalView(
         scratch,
-        first_row=0,
         base_B=torch.zeros(num_rows, dtype=torch.int64, device=target.device),
-        visible_BTM=(steps_T <= steps_T.unsqueeze(1)).expand(num_rows, -1, -1),
-        offset=0,
         longest_base=0,
-        positions_BT=positions_BT,
+        num_tokens=longest,
     )
     hidden_BTD = target.forward(tokens_BT, positions_BT, view)
     last_B = torch.tensor(lengths, device=target.device) - 1

@@ -1,6 +1,6 @@
 """The live rows of the engine's batch: one row a rollout under way, the first rows of every tensor.
 
-Device state (tokens, lengths, random keys, hidden states) and host state (`Request`) side by side,
+Device state (tokens, lengths, randomness, hidden states) and host state (`Request`) side by side,
 moved together when a row ends. A row of `length` cached tokens holds `length + 1` tokens: the last
 sampled one has no cache entry yet. Shape legend: fastrl/types.py.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastrl.rollout.sampling import position_uniforms
 from fastrl.types import Prompt
 
 
@@ -56,6 +57,8 @@ class LiveRows:
         self.prompt_lengths_B = torch.zeros_like(self.lengths_B)
         self.keys_B = torch.zeros_like(self.lengths_B)
         self.tokens_BS = torch.zeros(num_rows, 0, dtype=torch.int64, device=device)
+        self.uniforms_BS = torch.zeros(num_rows, 0, dtype=torch.float64, device=device)
+        """Randomness of the token in the same column."""
         self.hidden_BSD = torch.zeros(num_rows, 0, hidden_size, dtype=dtype, device=device)
         self.row_numbers_B = torch.arange(num_rows, device=device)
 
@@ -74,8 +77,14 @@ class LiveRows:
             return
         missing = max(missing, self.tokens_BS.shape[1] // 2, 64)
         self.tokens_BS = torch.nn.functional.pad(self.tokens_BS, (0, missing))
+        self.uniforms_BS = self._uniforms(self.keys_B, self.prompt_lengths_B)
         if self.keeps_hidden:
             self.hidden_BSD = torch.nn.functional.pad(self.hidden_BSD, (0, 0, 0, missing))
+
+    def _uniforms(self, keys_B: Tensor, prompt_lengths_B: Tensor) -> Tensor:
+        """[B, S] of rows with these keys; meaningless in the columns of prompts."""
+        columns_S = torch.arange(self.tokens_BS.shape[1], device=keys_B.device)
+        return position_uniforms(keys_B.unsqueeze(1), columns_S - prompt_lengths_B.unsqueeze(1))
 
     def last_tokens(self) -> Tensor:
         """[B] the last sampled token of each live row."""
@@ -91,6 +100,10 @@ class LiveRows:
         self.lengths_B[row] = prompt_length
         self.prompt_lengths_B[row] = prompt_length
         self.keys_B[row] = request.key
+        this_row = slice(row, row + 1)
+        self.uniforms_BS[row] = self._uniforms(
+            self.keys_B[this_row], self.prompt_lengths_B[this_row]
+        )[0]
         if self.keeps_hidden:
             self.hidden_BSD[row, :prompt_length] = prompt_hidden_TD
         return row
@@ -111,7 +124,13 @@ class LiveRows:
 
     def move(self, source: int, target: int) -> None:
         """Overwrite a row that ended with the last live one."""
-        for tensor in (self.lengths_B, self.prompt_lengths_B, self.keys_B, self.tokens_BS):
+        for tensor in (
+            self.lengths_B,
+            self.prompt_lengths_B,
+            self.keys_B,
+            self.tokens_BS,
+            self.uniforms_BS,
+        ):
             tensor[target] = tensor[source]
         if self.keeps_hidden:
             self.hidden_BSD[target] = self.hidden_BSD[source]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fastrl.rollout.attention import CACHED_ATTENTION
-from fastrl.rollout.torch_engine.kv_cache import CacheView, KVCache
+from fastrl.rollout.attention import CACHED_ATTENTION, KVView
+from fastrl.rollout.torch_engine.kv_cache import KVCache
 from fastrl.rollout.weights import changes_after_head, check_fits
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -110,7 +110,7 @@ class TargetModel:
         _check_materialized(self._model)
         self.has_weights = True
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, view: CacheView) -> Tensor:
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, view: KVView) -> Tensor:
         """Hidden states after the final norm, [B, T, D]; keys and values go into the view's
         cache."""
         output = self._base(

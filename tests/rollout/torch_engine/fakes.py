@@ -54,6 +54,9 @@ class ScriptedDrafting:
 
     def move(self, source: int, target: int) -> None: ...
 
+    def is_finite(self) -> bool:
+        return True
+
     def release(self) -> None: ...
 
     def draft(self, rows: LiveRows, strategy: DraftStrategy, sampling: SamplingParams) -> DraftTree:

@@ -5,8 +5,10 @@ from collections import deque
 import pytest
 import torch
 
+from fastrl.rollout.drafters.response_store import ResponseStore
 from fastrl.rollout.torch_engine.engine import _requests
 from fastrl.rollout.torch_engine.generation import Generation
+from fastrl.rollout.torch_engine.ngram_drafting import NgramDrafting
 from fastrl.rollout.torch_engine.prefill import prefill
 from fastrl.rollout.torch_engine.requests import EndOfResponse
 from fastrl.rollout.torch_engine.target import TargetModel
@@ -23,6 +25,7 @@ def generation_of(engine, strategies) -> Generation:
         target=loaded.target,
         cache=loaded.cache,
         drafting=loaded.drafting,
+        ngram_drafting=NgramDrafting(ResponseStore()),
         selector=CyclingSelector(strategies),
         check_strategy=lambda strategy: None,
         end=EndOfResponse(loaded.tokenizer, loaded.eos_token_ids, SAMPLING, 128),

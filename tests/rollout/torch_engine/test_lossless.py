@@ -28,6 +28,8 @@ from tests.rollout.tiny_models import (
 )
 from tests.rollout.torch_engine.fakes import STRATEGIES, CyclingSelector, ScriptedDrafting
 
+NGRAM_STRATEGIES = ["ngram_1_1_2", "ngram_8_1_9", "ngram_3_3_10", "ngram_5_4_60"]
+
 SAMPLINGS = [
     SamplingParams(max_tokens=24),
     SamplingParams(max_tokens=24, temperature=0.0),
@@ -79,7 +81,7 @@ def assert_equal_to(rollouts, reference):
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-@pytest.mark.parametrize("strategy", ["off", *STRATEGIES])
+@pytest.mark.parametrize("strategy", ["off", *STRATEGIES, *NGRAM_STRATEGIES])
 def test_every_strategy_gives_the_naive_rollouts(engine, references, strategy, sampling):
     engine.strategy_selector = FixedStrategy(strategy)
     assert_equal_to(generate(engine, sampling), references[sampling])
@@ -89,6 +91,25 @@ def test_every_strategy_gives_the_naive_rollouts(engine, references, strategy, s
 def test_switching_strategy_and_speculation_each_step_changes_nothing(engine, references, sampling):
     engine.strategy_selector = CyclingSelector(["off", "4_4_16", "off", "off", *STRATEGIES])
     assert_equal_to(generate(engine, sampling), references[sampling])
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_n_grams_and_a_learned_drafter_in_turns_change_nothing(engine, references, sampling):
+    mixed = ["ngram_4_2_9", "3_3_10", "off", "ngram_8_1_9", "5_1_6", "ngram_2_3_7"]
+    engine.strategy_selector = CyclingSelector(mixed)
+    for _ in range(2):  # the second time the responses themselves are drafted from
+        assert_equal_to(generate(engine, sampling), references[sampling])
+
+
+@pytest.mark.parametrize("strategy", ["ngram_6_1_7", "ngram_4_3_16"])
+def test_drafting_the_responses_themselves_changes_no_token(engine, references, strategy):
+    """Nearly all of a draft is accepted, over and over."""
+    sampling = SAMPLINGS[0]
+    engine.strategy_selector = FixedStrategy(strategy)
+    generate(engine, sampling)
+    rollouts = generate(engine, sampling)
+    assert_equal_to(rollouts, references[sampling])
+    assert engine.stats().accept_length > 2.5
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
@@ -126,6 +147,14 @@ def test_the_batch_a_rollout_shares_does_not_matter(
     assert_equal_to(generate(engine, SAMPLINGS[0]), references[SAMPLINGS[0]])
 
 
+def test_n_grams_need_no_drafter(folders, target_model, references):
+    engine = TorchEngine(strategy="ngram_4_2_9", max_batch_size=5, device="cpu")
+    engine.start(str(folders[0]))
+    engine.load_policy(target_model.named_parameters(), version=0)
+    assert_equal_to(generate(engine, SAMPLINGS[0]), references[SAMPLINGS[0]])
+    assert set(engine.stats().steps_by_strategy) == {"ngram_4_2_9"}
+
+
 def test_a_drafter_published_in_between_changes_no_token(
     engine, references, target_model, tmp_path
 ):
@@ -152,7 +181,7 @@ def test_every_family_is_decoded_exactly(tmp_path, family):
         for sample in range(3)
     ]
     assert max(len(tokens) for tokens, _ in reference) > 12  # past the sliding window
-    for strategy in ("off", "4_1_5", "3_3_12"):
+    for strategy in ("off", "4_1_5", "3_3_12", "ngram_3_3_12"):
         engine.strategy_selector = FixedStrategy(strategy)
         assert_equal_to(generate(engine, sampling, count=2), reference)
 

@@ -1,0 +1,275 @@
+"""How much of a draft tree the target accepts: one estimate for all strategies and batch sizes.
+
+For each depth d and sibling rank r it holds the probability that the target's token is the rank-r
+child of a node at depth d of the accepted path: a mean of what was offered and accepted, which
+fades as policy and drafter change, drawn towards the estimate one level up (a deep level is seldom
+reached). From these, the expected accept length of any tree, run before or not, is that of the best
+static tree of its shape. Trees are dynamic, so that a strategy's measured length exceeds this a
+little: a correction per strategy is learnt with it.
+
+A change of the drafter without notice (its weights replaced, say) is told by a cumulative sum of
+the likelihood that first drafts are accepted with other odds (Page, 1954); the estimate then starts
+anew from the last steps. Leaves out step times (cost_model.py). Source of the tree: EAGLE-2 (arXiv
+2406.16858).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastrl.types import DraftStrategy, StepStats
+
+_FIRST_RANK_PRIOR = 0.5
+_OTHER_RANKS_PRIOR = 0.1
+_PRIOR_ROWS = 4.0
+_LEVEL_ROWS = 8.0
+"""Rows that the level above counts for."""
+_MAX_ROWS = 4000.0
+"""Older rows fade beyond these."""
+_CORRECTION_ROWS = 60.0
+"""Rows that a strategy's correction of 1 counts for."""
+_RELATIVE_DEVIATION = 0.6
+"""Of one row's accept length, against its mean."""
+_CORRECTION_DEVIATION = 0.02
+"""Of a strategy's correction that no step has shown."""
+_ODDS_CHANGE = 4.0
+"""Changes of the odds of a first draft that are looked for: to a fourth, or fourfold."""
+_ALARM = 8.0
+"""Cumulative log-likelihood ratio."""
+_RECENT_STEPS = 8
+_NOTICED_ROWS = 32.0
+"""Most that older rows count for after a notice of change."""
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptLength:
+    """What is believed of a strategy's mean accept length."""
+
+    mean: float
+    shared_deviation: float
+    """Standard deviation of its logarithm, from what all strategies of the drafter share."""
+    own_deviation: float
+    """From the strategy's own correction."""
+
+
+PLAIN_LENGTH = AcceptLength(1.0, 0.0, 0.0)
+
+
+class _Change:
+    """Cumulative evidence that a first draft's odds are `factor` times what they are held for."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self.clear()
+
+    def clear(self) -> None:
+        self.total = 0.0
+        self.num_steps = 0  # since the evidence began
+
+    def record(self, rows: int, hits: int, chance: float) -> None:
+        chance = min(max(chance, 0.02), 0.98)
+        other = self._factor * chance / (1 - chance + self._factor * chance)
+        self.total += hits * math.log(other / chance)
+        self.total += (rows - hits) * math.log((1 - other) / (1 - chance))
+        self.num_steps += 1
+        if self.total <= 0:
+            self.clear()
+
+
+class AcceptanceModel:
+    """Of one drafter.
+
+    Args:
+        strategies: all that it drafts for.
+    """
+
+    def __init__(self, strategies: Sequence[DraftStrategy]) -> None:
+        self._strategies = list(strategies)
+        depth = max(strategy.depth for strategy in strategies)
+        topk = max(strategy.topk for strategy in strategies)
+        self._offered = [[0.0] * topk for _ in range(depth)]
+        self._accepted = [[0.0] * topk for _ in range(depth)]
+        self._rows = dict.fromkeys(strategies, 0.0)
+        self._tokens = dict.fromkeys(strategies, 0.0)  # over those rows
+        self._first_prior = [
+            _FIRST_RANK_PRIOR,
+            *(_OTHER_RANKS_PRIOR / rank for rank in range(1, topk)),
+        ]
+        self._recent: deque[StepStats] = deque(maxlen=_RECENT_STEPS)
+        self._changes = [_Change(1 / _ODDS_CHANGE), _Change(_ODDS_CHANGE)]
+        self.num_alarms = 0
+        """Changes noticed without notice."""
+
+    @property
+    def num_rows(self) -> float:
+        """Rows behind the estimate."""
+        return self._offered[0][0]
+
+    def record(self, stats: StepStats) -> bool:
+        """Learn from a step; whether it made the estimate start anew."""
+        self._recent.append(stats)
+        hits = sum(stats.accepted_by_rank[0])
+        chance = sum(self._first_probabilities()[: stats.strategy.topk])
+        self._add(stats)
+        for change in self._changes:
+            change.record(stats.batch_size, hits, chance)
+            if change.total >= _ALARM and self.num_rows >= _RECENT_STEPS:
+                self.num_alarms += 1
+                self._start_anew(change.num_steps)
+                return True
+        return False
+
+    def _first_probabilities(self) -> list[float]:
+        """Of the root's children: the first level of `probabilities`."""
+        return _drawn_towards(self._offered[0], self._accepted[0], self._first_prior, _PRIOR_ROWS)
+
+    def _add(self, stats: StepStats) -> None:
+        for depth, (offered, accepted) in enumerate(
+            zip(stats.offered_by_rank, stats.accepted_by_rank, strict=True)
+        ):
+            for rank, (num_offered, num_accepted) in enumerate(zip(offered, accepted, strict=True)):
+                if num_offered:
+                    self._offered[depth][rank] += num_offered
+                    self._accepted[depth][rank] += num_accepted
+        self._rows[stats.strategy] += stats.batch_size
+        self._tokens[stats.strategy] += stats.num_tokens
+
+    def _start_anew(self, num_steps: int) -> None:
+        """From the steps since the change alone, as far as they are at hand."""
+        self.discount(0.0)
+        for stats in list(self._recent)[-num_steps:]:
+            self._add(stats)
+        for change in self._changes:
+            change.clear()
+
+    def discount(self, keep: float) -> None:
+        """Let all that was seen count for the share `keep` of what it did."""
+        for counts in (*self._offered, *self._accepted):
+            counts[:] = [keep * count for count in counts]
+        for strategy in self._strategies:
+            self._rows[strategy] *= keep
+            self._tokens[strategy] *= keep
+
+    def take_notice(self, keep: float) -> None:
+        """Policy or drafter changed: older rows count for the share `keep`, and never for many.
+
+        However sure it was of a drafter, a new one is tried again.
+        """
+        self.discount(min(keep, _NOTICED_ROWS / max(self.num_rows, 1.0)))
+        for change in self._changes:
+            change.clear()
+
+    def bound(self) -> None:
+        """Let the oldest rows fade where there are more than matter."""
+        if self.num_rows > _MAX_ROWS:
+            self.discount(_MAX_ROWS / self.num_rows)
+
+    def probabilities(self) -> list[list[float]]:
+        """[depth][rank]: of the target's token being that child, given the path down to it."""
+        levels = [self._first_probabilities()]
+        for offered, accepted in zip(self._offered[1:], self._accepted[1:], strict=True):
+            levels.append(_drawn_towards(offered, accepted, levels[-1], _LEVEL_ROWS))
+        return levels
+
+    def expected_lengths(self) -> dict[DraftStrategy, AcceptLength]:
+        """Of each strategy."""
+        levels = self.probabilities()
+        lengths = {}
+        for strategy in self._strategies:
+            modelled = static_tree_length(levels, strategy)
+            rows, tokens = self._rows[strategy], self._tokens[strategy]
+            length = (tokens + _CORRECTION_ROWS * modelled) / (rows + _CORRECTION_ROWS)
+            lengths[strategy] = AcceptLength(
+                length,
+                _RELATIVE_DEVIATION / math.sqrt(self.num_rows + 1),
+                _CORRECTION_DEVIATION / math.sqrt(1 + rows / _CORRECTION_ROWS),
+            )
+        return lengths
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, sums, and the last steps, in plain numbers, lists and strings."""
+        return {
+            "offered": [list(counts) for counts in self._offered],
+            "accepted": [list(counts) for counts in self._accepted],
+            "rows": [self._rows[strategy] for strategy in self._strategies],
+            "tokens": [self._tokens[strategy] for strategy in self._strategies],
+            "changes": [[change.total, change.num_steps] for change in self._changes],
+            "num_alarms": self.num_alarms,
+            "recent": [_plain(stats) for stats in self._recent],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self._offered = [list(counts) for counts in state["offered"]]
+        self._accepted = [list(counts) for counts in state["accepted"]]
+        self._rows = dict(zip(self._strategies, state["rows"], strict=True))
+        self._tokens = dict(zip(self._strategies, state["tokens"], strict=True))
+        for change, (total, num_steps) in zip(self._changes, state["changes"], strict=True):
+            change.total, change.num_steps = total, num_steps
+        self.num_alarms = state["num_alarms"]
+        self._recent = deque(map(_stats, state["recent"]), maxlen=_RECENT_STEPS)
+
+
+def static_tree_length(levels: Sequence[Sequence[float]], strategy: DraftStrategy) -> float:
+    """Expected accept length of the best tree of a strategy's shape whose nodes are fixed.
+
+    The root's sample counts 1; each node adds the probability that the path down to it is accepted.
+    Nodes are taken best first, at most `topk` children a node and `topk` expanded nodes a level.
+
+    Args:
+        levels: [depth][rank] probabilities.
+        strategy: its shape.
+    """
+    length = 1.0
+    num_expanded = [0] * (strategy.depth + 1)
+    candidates = [(-levels[0][rank], 1) for rank in range(strategy.topk)]
+    heapq.heapify(candidates)
+    for _ in range(strategy.verify_tokens - 1):
+        if not candidates:
+            break
+        negative, depth = heapq.heappop(candidates)
+        length -= negative
+        if depth < strategy.depth and num_expanded[depth] < strategy.topk:
+            num_expanded[depth] += 1
+            for rank in range(strategy.topk):
+                heapq.heappush(candidates, (negative * levels[depth][rank], depth + 1))
+    return length
+
+
+def _drawn_towards(
+    offered: Sequence[float], accepted: Sequence[float], prior: Sequence[float], weight: float
+) -> list[float]:
+    """Shares accepted, as if `weight` more had been offered and accepted at the prior's rate."""
+    return [
+        (num_accepted + weight * chance) / (num_offered + weight)
+        for num_accepted, num_offered, chance in zip(accepted, offered, prior, strict=True)
+    ]
+
+
+def _plain(stats: StepStats) -> dict[str, Any]:
+    return {
+        "strategy": str(stats.strategy),
+        "batch_size": stats.batch_size,
+        "context_tokens": stats.context_tokens,
+        "accept_lengths": list(stats.accept_lengths),
+        "seconds": stats.seconds,
+        "offered": [list(counts) for counts in stats.offered_by_rank],
+        "accepted": [list(counts) for counts in stats.accepted_by_rank],
+    }
+
+
+def _stats(plain: dict[str, Any]) -> StepStats:
+    return StepStats(
+        strategy=DraftStrategy.parse(plain["strategy"]),
+        batch_size=plain["batch_size"],
+        context_tokens=plain["context_tokens"],
+        accept_lengths=tuple(plain["accept_lengths"]),
+        seconds=plain["seconds"],
+        offered_by_rank=tuple(map(tuple, plain["offered"])),
+        accepted_by_rank=tuple(map(tuple, plain["accepted"])),
+    )

@@ -1,0 +1,88 @@
+"""What a decode step of one strategy takes at any batch size: a profile, and how far off it is.
+
+The profile is a curve over batch sizes, measured before the first rollout, or, without that, made
+of the first steps themselves. Each bucket of batch sizes tracks the ratio of measured to profiled
+seconds as a median over the last steps, so that hiccups do not count and a wrong profile is
+forgotten within a few steps; it also follows growing contexts.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_left
+from collections import deque
+from typing import Any
+
+_WINDOW = 31
+_PROFILE_DEVIATION = 0.06
+"""Relative, of a profiled time that no step has confirmed."""
+
+
+class CostModel:
+    """Of one strategy.
+
+    Args:
+        num_buckets: of batch sizes.
+    """
+
+    def __init__(self, num_buckets: int) -> None:
+        self._profile: dict[int, float] = {}
+        self._ratios = [deque[float](maxlen=_WINDOW) for _ in range(num_buckets)]
+        self._medians = [1.0] * num_buckets
+
+    def covers(self, batch_size: int) -> bool:
+        """Whether the curve reaches this batch size."""
+        return batch_size <= max(self._profile, default=0)
+
+    def add_profile(self, batch_size: int, seconds: float) -> None:
+        """A point of the curve."""
+        self._profile[batch_size] = seconds
+
+    def is_known(self, bucket: int, batch_size: int) -> bool:
+        """Whether a step at this batch size can be told: from the profile, or steps nearby."""
+        return bool(self._ratios[bucket]) or (
+            len(self._profile) > 1 and batch_size <= 2 * max(self._profile)
+        )
+
+    def record(self, bucket: int, batch_size: int, seconds: float) -> None:
+        """Learn from a step."""
+        if not self._ratios[bucket] and not self.is_known(bucket, batch_size):
+            self._profile[batch_size] = seconds
+        ratios = self._ratios[bucket]
+        if not ratios:
+            ratios.append(1.0)  # the profile's vote
+        ratios.append(seconds / self._profiled(batch_size))
+        self._medians[bucket] = statistics.median_low(ratios)
+
+    def seconds(self, bucket: int, batch_size: int) -> float:
+        """Expected of a step."""
+        return self._profiled(batch_size) * self._medians[bucket]
+
+    def deviation(self, bucket: int) -> float:
+        """Standard deviation of the logarithm of `seconds`."""
+        return _PROFILE_DEVIATION / math.sqrt(1 + len(self._ratios[bucket]))
+
+    def _profiled(self, batch_size: int) -> float:
+        """The curve: linear between its points, level before the first, as steep as the last two
+        after the last."""
+        points = sorted(self._profile)
+        place = bisect_left(points, batch_size)
+        if place == 0 or len(points) == 1:
+            return self._profile[points[0]]
+        lower, upper = points[min(place, len(points) - 1) - 1], points[min(place, len(points) - 1)]
+        slope = (self._profile[upper] - self._profile[lower]) / (upper - lower)
+        return self._profile[lower] + max(slope, 0.0) * (batch_size - lower)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Curve and ratios."""
+        return {
+            "profile": [[batch, seconds] for batch, seconds in self._profile.items()],
+            "ratios": [list(ratios) for ratios in self._ratios],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self._profile = dict(state["profile"])
+        self._ratios = [deque(ratios, maxlen=_WINDOW) for ratios in state["ratios"]]
+        self._medians = [statistics.median_low(r) if r else 1.0 for r in self._ratios]

@@ -1,0 +1,372 @@
+"""Rollout speed by batch size: off, each fixed strategy, n-gram, adaptive; and transformers' own.
+
+All arms generate the same rollouts (same prompts, same seeds) in rounds, in an order shuffled anew
+each round, so that a machine's moods meet all of them; each round's ratio to `off` is taken within
+the round. Batches are kept full from a queue, as in a rollout; prefills count. Tokens of all engine
+arms must be the same: in float32 a difference ends the run with an error, in bfloat16 rounding may
+move a token, and differing rollouts are counted. The adaptive arm's bandit is one for all batch
+sizes, as in a run, and keeps what it learnt; warm-up rounds are run but not counted.
+
+    python scripts/bench_rollout.py --model models/quickstart/policy \\
+        --drafter models/quickstart/drafter --ckpt CKPT --json bench.json --plot bench.png
+
+Leaves out training, and speed on several devices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import jsonargparse
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers_baselines import TRANSFORMERS_ARMS, TransformersArm
+
+from fastrl.config_loader import load_yaml
+from fastrl.datamodules import ReasoningGymPrompts
+from fastrl.datamodules.chat_template import load_tokenizer, tokenize_questions
+from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.model_bandit import ModelBased
+from fastrl.rollout.torch_engine import TorchEngine
+from fastrl.types import DraftStrategy, Prompt, SamplingParams
+
+OFF, ADAPTIVE = "off", "adaptive"
+TINY_SUMS = {"min_terms": 2, "max_terms": 6, "min_digits": 1, "max_digits": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What to compare."""
+
+    model: str
+    """Folder of the target."""
+    drafter: str | None = None
+    """Folder of its EAGLE drafter; null: n-gram strategies only."""
+    ckpt: str | None = None
+    """Checkpoint of a run, whose policy and co-trained drafter take the folders' places."""
+    arms: list[str] = field(
+        default_factory=lambda: [OFF, "2_1_3", "4_1_5", "6_1_7", "6_2_12", ADAPTIVE]
+    )
+    """`off`, strategies, `adaptive`, and `hf_generate`, `hf_continuous`, `hf_assisted`
+    (transformers' generate, continuous batching, and prompt-lookup assisted generation)."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128])
+    """Live rollouts."""
+    rounds: int = 5
+    """Times that every arm generates the same rollouts."""
+    warm_up_rounds: int = 1
+    """Rounds before those."""
+    rollouts_per_row: int = 4
+    """Rollouts of a round, for each row of the batch; the queue that keeps it full."""
+    min_rollouts: int = 16
+    """Fewest rollouts of a round."""
+    num_samples: int = 8
+    """Responses to each prompt."""
+    task: str = "chain_sum"
+    """reasoning-gym task of the prompts."""
+    task_config: dict[str, int] = field(default_factory=lambda: dict(TINY_SUMS))
+    """Its configuration."""
+    system_prompt: str | None = None
+    """System message before each question."""
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=256))
+    """How tokens are sampled; with ignore_eos all responses have max_tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """To compute in."""
+    device: str = "cpu"
+    """Where."""
+    num_threads: int = 0
+    """Of PyTorch; 0: one for each core."""
+    seed: int = 0
+    """Of tokens, and of the order of arms."""
+    json: Path | None = None
+    """File for the figures: a list of {batch_size, arm, tokens_per_s, ratio_to_off, spread}."""
+    plot: Path | None = None
+    """File for a plot of the ratios."""
+
+    def __post_init__(self) -> None:
+        if OFF not in self.arms:
+            raise ValueError(f"arms must hold {OFF!r}, what others are measured against")
+        if self.rounds < 1 or self.rollouts_per_row < 1 or self.num_samples < 1:
+            raise ValueError("rounds, rollouts_per_row and num_samples must be >= 1")
+
+
+def fixed_strategies(bench: Bench) -> list[str]:
+    """Those among the arms, which are also the adaptive one's."""
+    others = (OFF, ADAPTIVE, *TRANSFORMERS_ARMS)
+    return [arm for arm in bench.arms if arm not in others]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """An arm at a batch size, over all rounds."""
+
+    batch_size: int
+    arm: str
+    tokens_per_s: float
+    """Median."""
+    ratio_to_off: float
+    """Median of the rounds' ratios."""
+    spread: tuple[float, float]
+    """First and third quartile of the rounds' ratios."""
+
+
+Responses = list[tuple[int, ...]]
+
+
+class Arm(Protocol):
+    """One way of generating."""
+
+    def generate(self, prompts: Sequence[Prompt], num_samples: int, seed: int) -> Responses:
+        """Response tokens, prompt-major."""
+        ...
+
+    @property
+    def accept_length(self) -> float:
+        """Of the last call."""
+        ...
+
+
+class EngineArm:
+    """The engine under a selector."""
+
+    def __init__(
+        self, engine: TorchEngine, selector: StrategySelector, sampling: SamplingParams
+    ) -> None:
+        self._engine, self._selector, self._sampling = engine, selector, sampling
+        self.accept_length = 1.0
+
+    def generate(self, prompts: Sequence[Prompt], num_samples: int, seed: int) -> Responses:
+        self._engine.strategy_selector = self._selector
+        rollouts = self._engine.generate(
+            prompts, self._sampling, num_samples=num_samples, seed=seed
+        )
+        self.accept_length = self._engine.stats().accept_length
+        return [rollout.tokens for rollout in rollouts]
+
+
+def load_weights(bench: Bench) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The target, and the co-trained drafter's weights (none: those of its folder)."""
+    model = AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32)
+    drafter: dict[str, Tensor] = {}
+    if bench.ckpt is not None:
+        checkpoint = torch.load(bench.ckpt, map_location="cpu", weights_only=True)
+        policy = {
+            name.removeprefix("policy."): tensor
+            for name, tensor in checkpoint["state_dict"].items()
+            if name.startswith("policy.")
+        }
+        model.load_state_dict(policy)
+        for name, state in checkpoint["callbacks"].items():
+            if name.startswith("DrafterTraining"):
+                drafter = state["drafter"]
+    return model.to(bench.device, getattr(torch, bench.dtype)).eval(), drafter
+
+
+def load_prompts(bench: Bench) -> list[Prompt]:
+    """As many held-out questions as the largest batch takes."""
+    num_prompts = -(-num_rollouts(bench, max(bench.batch_sizes)) // bench.num_samples)
+    source = ReasoningGymPrompts(
+        bench.task, config=bench.task_config, num_train=1, num_held_out=num_prompts
+    )
+    return tokenize_questions(
+        source.load().held_out,
+        load_tokenizer(bench.model),
+        system_prompt=bench.system_prompt,
+        max_prompt_tokens=1024,
+        split="held-out",
+    )
+
+
+def num_rollouts(bench: Bench, batch_size: int) -> int:
+    """Of a round."""
+    return max(bench.min_rollouts, bench.rollouts_per_row * batch_size)
+
+
+def make_arms(
+    bench: Bench,
+    batch_size: int,
+    model: PreTrainedModel,
+    drafter: dict[str, Tensor],
+    bandit: StrategySelector | None,
+) -> dict[str, Arm]:
+    """All arms at a batch size; engine arms share an engine."""
+    engine = TorchEngine(
+        drafter_path=bench.drafter,
+        max_batch_size=batch_size,
+        dtype=bench.dtype,
+        device=bench.device,
+    )
+    engine.start(bench.model)
+    engine.load_policy(model.named_parameters(), version=0)
+    if drafter:
+        engine.load_drafter(drafter.items(), version=1)
+    arms: dict[str, Arm] = {}
+    for name in bench.arms:
+        if name in TRANSFORMERS_ARMS:
+            if name != "hf_assisted" or batch_size == 1:
+                tokenizer = load_tokenizer(bench.model)
+                arms[name] = TransformersArm(name, model, tokenizer, bench.sampling, batch_size)
+            continue
+        selector = bandit if name == ADAPTIVE else FixedStrategy(name)
+        assert selector is not None, "the adaptive arm has a bandit"
+        arms[name] = EngineArm(engine, selector, bench.sampling)
+    return arms
+
+
+def measure(
+    bench: Bench, batch_size: int, arms: dict[str, Arm], prompts: Sequence[Prompt]
+) -> list[Figure]:
+    """Rounds over all arms at one batch size; prints a line an arm."""
+    rng = random.Random(f"{bench.seed}/{batch_size}")
+    num_prompts = max(num_rollouts(bench, batch_size) // bench.num_samples, 1)
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    num_different = dict.fromkeys(arms, 0)
+    for round_ in range(bench.warm_up_rounds + bench.rounds):
+        responses: dict[str, Responses] = {}
+        for name in rng.sample(list(arms), len(arms)):
+            started = time.perf_counter()
+            responses[name] = arms[name].generate(
+                prompts[:num_prompts], bench.num_samples, bench.seed + round_
+            )
+            seconds = time.perf_counter() - started
+            if round_ >= bench.warm_up_rounds:
+                rates[name].append(sum(map(len, responses[name])) / seconds)
+        for name in arms:
+            if name not in TRANSFORMERS_ARMS:
+                pairs = zip(responses[name], responses[OFF], strict=True)
+                num_different[name] += sum(ours != its for ours, its in pairs)
+    figures = [_figure(batch_size, name, rates[name], rates[OFF]) for name in arms]
+    for figure in figures:
+        low, high = figure.spread
+        print(
+            f"{batch_size:>5} {figure.arm:>14} {figure.tokens_per_s:>9.0f} "
+            f"{figure.ratio_to_off:>7.2f} [{low:.2f}, {high:.2f}] "
+            f"{arms[figure.arm].accept_length:>7.2f} {num_different[figure.arm]:>6}",
+            flush=True,
+        )
+    if bench.dtype == "float32" and any(num_different.values()):
+        sys.exit(f"batch {batch_size}: tokens differ from plain decoding's: {num_different}")
+    return figures
+
+
+def _figure(
+    batch_size: int, arm: str, rates: Sequence[float], off_rates: Sequence[float]
+) -> Figure:
+    ratios = [ours / off for ours, off in zip(rates, off_rates, strict=True)]
+    quartiles = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else 3 * ratios
+    return Figure(
+        batch_size=batch_size,
+        arm=arm,
+        tokens_per_s=statistics.median(rates),
+        ratio_to_off=statistics.median(ratios),
+        spread=(quartiles[0], quartiles[2]),
+    )
+
+
+def print_summary(bench: Bench, figures: Sequence[Figure]) -> None:
+    """Adaptive against off and against the best fixed strategy, by batch size."""
+    if ADAPTIVE not in bench.arms:
+        return
+    print(f"\n{'batch':>5} {'adaptive/off':>13} {'adaptive/best fixed':>20}  best fixed")
+    for batch_size in bench.batch_sizes:
+        ratios = {f.arm: f.ratio_to_off for f in figures if f.batch_size == batch_size}
+        fixed = [OFF, *fixed_strategies(bench)]
+        best = max(fixed, key=lambda name: ratios[name])
+        adaptive = ratios[ADAPTIVE]
+        print(f"{batch_size:>5} {adaptive:>13.2f} {adaptive / ratios[best]:>20.2f}  {best}")
+
+
+def draw(figures: Iterable[Figure], path: Path) -> None:
+    """Ratios to off over batch size, a line an arm, quartiles as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_arm: dict[str, list[Figure]] = {}
+    for figure in figures:
+        by_arm.setdefault(figure.arm, []).append(figure)
+    canvas, axes = pyplot.subplots(figsize=(8, 5))
+    for arm, points in by_arm.items():
+        ratios = [point.ratio_to_off for point in points]
+        bars = [
+            [ratio - point.spread[0] for ratio, point in zip(ratios, points, strict=True)],
+            [point.spread[1] - ratio for ratio, point in zip(ratios, points, strict=True)],
+        ]
+        is_adaptive = arm == ADAPTIVE
+        axes.errorbar(
+            [point.batch_size for point in points],
+            ratios,
+            yerr=[[max(bar, 0.0) for bar in side] for side in bars],
+            label=arm,
+            marker="o",
+            linewidth=3 if is_adaptive else 1.2,
+            capsize=2,
+            zorder=3 if is_adaptive else 2,
+        )
+    axes.set(xscale="log", xlabel="live batch", ylabel="tokens per second, relative to off")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=120)
+    pyplot.close(canvas)
+
+
+def describe(bench: Bench) -> None:
+    """The machine and the command, for whoever reads the figures."""
+    device = platform.processor() or platform.machine()
+    if bench.device.startswith("cuda"):
+        device = torch.cuda.get_device_name(bench.device)
+    print(f"$ python {shlex.join(sys.argv)}")
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {bench.dtype}")
+    header = ("batch", "arm", "tokens/s", "ratio", "[quartiles]", "accept", "differ")
+    print("{:>5} {:>14} {:>9} {:>7} {:>12} {:>7} {:>6}".format(*header))
+
+
+def run(bench: Bench) -> list[Figure]:
+    """Measure everything, print, and write what was asked for."""
+    torch.set_num_threads(bench.num_threads or len(os.sched_getaffinity(0)))
+    model, drafter = load_weights(bench)
+    prompts = load_prompts(bench)
+    bandit = ModelBased(fixed_strategies(bench)) if ADAPTIVE in bench.arms else None
+    if bench.drafter is None and any(
+        DraftStrategy.parse(name).drafter == "learned" for name in fixed_strategies(bench)
+    ):
+        raise ValueError("strategies of a learned drafter need --drafter; leave them out of --arms")
+    describe(bench)
+    figures: list[Figure] = []
+    for batch_size in bench.batch_sizes:
+        arms = make_arms(bench, batch_size, model, drafter, bandit)
+        figures += measure(bench, batch_size, arms, prompts)
+    print_summary(bench, figures)
+    if bench.json is not None:
+        bench.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
+    if bench.plot is not None:
+        draw(figures, bench.plot)
+    return figures
+
+
+def parse(args: list[str] | None = None) -> Bench:
+    """The benchmark that the command line asks for."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+    bench: Bench = jsonargparse.auto_cli(Bench, args=args, as_positional=False)
+    return bench
+
+
+if __name__ == "__main__":
+    run(parse())

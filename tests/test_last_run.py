@@ -1,0 +1,155 @@
+"""The same command twice, `--ckpt_path last`: the second goes on with the first, in its folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastrl.cli import main
+from fastrl.last_run import find_last_run
+from fastrl.types import RolloutBatch
+from tests.fake_run import FakePolicy
+
+
+@pytest.fixture(autouse=True)
+def command_line_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastrl"])
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """Seven RL steps of the fakes, validated after the third and the sixth."""
+    content = {
+        "trainer": {
+            "default_root_dir": str(tmp_path),
+            "accelerator": "cpu",
+            "val_check_interval": 3,
+            "enable_progress_bar": False,
+        },
+        "model": {"class_path": "tests.fake_run.FakePolicy", "init_args": {"model_path": "tiny"}},
+        "data": {"class_path": "tests.fake_run.FakeRollouts", "init_args": {"num_steps": 7}},
+    }
+    path = tmp_path / "fake.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return ["-c", str(path), "--ckpt_path=last"]
+
+
+def exit_code(args: list[str]) -> Any:
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    return exit_.value.code
+
+
+def logged(run: Path) -> dict[str, list[int]]:
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = ("rollout/num_tokens", "reward/held_out")
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in tags}
+
+
+def test_the_same_command_goes_on_with_an_interrupted_run(
+    command: list[str], tmp_path: Path
+) -> None:
+    """Interrupted, failed, through, and sent once more: one folder, one log, every step once."""
+    fit = ["fit", *command]
+    assert exit_code([*fit, "--model.init_args.interrupt_at=3"]) == 130
+    with pytest.raises(ValueError, match="this step fails"):
+        main([*fit, "--model.init_args.fail_at=5"])
+    for _ in range(2):
+        main(fit)
+        (run,) = tmp_path.glob("lightning_logs/*")
+        assert logged(run) == {
+            "rollout/num_tokens": [1, 2, 3, 4, 5, 6, 7],
+            "reward/held_out": [0, 3, 6],
+        }
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["rl_step"] == 7
+
+
+def test_a_step_saved_before_it_was_logged_is_logged_by_the_resumed_run(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the fourth update stops in the step's last hook: saved, and not yet logged."""
+    step = FakePolicy.training_step
+
+    def press(self: FakePolicy, batch: RolloutBatch, batch_idx: int) -> None:
+        step(self, batch, batch_idx)
+        if self.rl_step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    fit = ["fit", *command]
+    with monkeypatch.context() as patch:
+        patch.setattr(FakePolicy, "training_step", press)
+        assert exit_code(fit) == 130
+    (run,) = tmp_path.glob("lightning_logs/*")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["rl_step"] == 4
+    assert logged(run)["rollout/num_tokens"] == [1, 2, 3]
+    main(fit)
+    assert logged(run)["rollout/num_tokens"] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_path_begins_a_new_folder(command: list[str], tmp_path: Path) -> None:
+    main(["fit", *command])
+    checkpoint = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "step-3.ckpt"
+    main(["fit", *command, f"--ckpt_path={checkpoint}"])
+    first, second = sorted(tmp_path.glob("lightning_logs/*"))
+    assert logged(first)["rollout/num_tokens"] == [1, 2, 3, 4, 5, 6, 7]
+    assert logged(second)["rollout/num_tokens"] == [4, 5, 6, 7]
+
+
+def test_without_a_logger_the_root_is_the_run(command: list[str], tmp_path: Path) -> None:
+    fit = ["fit", *command, "--trainer.logger=false"]
+    assert exit_code([*fit, "--model.init_args.interrupt_at=6"]) == 130
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["rl_step"] == 5
+    main(fit)
+    assert torch.load(last, weights_only=True)["rl_step"] == 7
+
+
+def test_evaluation_needs_a_checkpoint_and_takes_the_last(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(["validate", *command]) == 2
+    assert f"no run in {tmp_path} has a checkpoint" in capsys.readouterr().err
+    main(["fit", *command])
+    capsys.readouterr()
+    main(["validate", *command])
+    assert "7.0" in capsys.readouterr().out  # its held-out reward is its number of RL steps
+
+
+@pytest.mark.parametrize("name", ["last", "a path"])
+def test_a_corrupt_checkpoint_is_one_message_and_exit_status_2(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    main(["fit", *command])
+    folder = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
+    last = folder / "last.ckpt"
+    os.truncate(last, last.stat().st_size - 100)
+    given = [] if name == "last" else [f"--ckpt_path={last}"]
+    assert exit_code(["fit", *command, *given]) == 2
+    error = capsys.readouterr().err
+    assert f"error: checkpoint {last} is corrupt" in error
+    assert f"resume with --ckpt_path {folder / 'step-6.ckpt'}" in error
+    assert "Traceback" not in error
+
+
+def test_the_newest_checkpoint_of_all_runs_is_found(tmp_path: Path) -> None:
+    assert find_last_run(tmp_path, None) is None
+    for version, time in ((2, 50), (9, 70), (10, 60)):
+        last = tmp_path / "lightning_logs" / f"version_{version}" / "checkpoints" / "last.ckpt"
+        last.parent.mkdir(parents=True)
+        last.write_bytes(b"")
+        os.utime(last, (time, time))
+    (tmp_path / "lightning_logs" / "version_11").mkdir()
+    run = find_last_run(tmp_path, True)
+    assert run is not None
+    assert run.folder.name == "version_9"
+    assert find_last_run(tmp_path, False) is None
