@@ -53,7 +53,7 @@ def resolve_model(model_path: str) -> str:
             converted.
     """
     if model_path.startswith(PACKAGE_PREFIX):
-        gguf_file = _file_of_package(model_path.removeprefix(PACKAGE_PREFIX))
+        gguf_file = gguf_file_of_package(model_path.removeprefix(PACKAGE_PREFIX))
     elif model_path.endswith(".gguf"):
         gguf_file = Path(model_path)
         if not gguf_file.is_file():
@@ -77,8 +77,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrl"
 
 
-def _file_of_package(name: str) -> Path:
-    """The one GGUF file of a package, which is not imported: what it imports is of no use here."""
+def gguf_file_of_package(name: str) -> Path:
+    """The one GGUF file of a package, which is not imported: what it imports is of no use here.
+
+    Raises ValueError for no such package, or none or several GGUF files in it.
+    """
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:
         raise ValueError(

@@ -55,9 +55,7 @@ def test_a_folder_is_left_as_it_is(model_path: str) -> None:
     assert resolve_model(model_path) == model_path
 
 
-def test_a_file_is_converted_once(
-    cache: Path, conversion: FakeConversion, gguf_file: Path
-) -> None:
+def test_a_file_is_converted_once(cache: Path, conversion: FakeConversion, gguf_file: Path) -> None:
     folder = Path(resolve_model(str(gguf_file)))
     assert resolve_model(str(gguf_file)) == str(folder)
     assert conversion.num_calls == 1
