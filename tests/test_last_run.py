@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def exit_code(args: list[str]) -> Any:
     return exit_.value.code
 
 
+def next_second() -> None:
+    """TensorBoard reads event files by name: the second they began in, then a process's counter as
+    text, '10' before '9'. Real runs that follow one another are of different seconds."""
+    now = time.time()
+    time.sleep(1 - now % 1)
+
+
 def logged(run: Path) -> dict[str, list[int]]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
@@ -61,9 +69,11 @@ def test_the_same_command_goes_on_with_an_interrupted_run(
     """Interrupted, failed, through, and sent once more: one folder, one log, every step once."""
     fit = ["fit", *command]
     assert exit_code([*fit, "--model.init_args.interrupt_at=3"]) == 130
+    next_second()
     with pytest.raises(ValueError, match="this step fails"):
         main([*fit, "--model.init_args.fail_at=5"])
     for _ in range(2):
+        next_second()
         main(fit)
         (run,) = tmp_path.glob("lightning_logs/*")
         assert logged(run) == {
