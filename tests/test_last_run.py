@@ -153,11 +153,11 @@ def test_a_corrupt_checkpoint_is_one_message_and_exit_status_2(
 
 def test_the_newest_checkpoint_of_all_runs_is_found(tmp_path: Path) -> None:
     assert find_last_run(tmp_path, None) is None
-    for version, time in ((2, 50), (9, 70), (10, 60)):
+    for version, mtime in ((2, 50), (9, 70), (10, 60)):
         last = tmp_path / "lightning_logs" / f"version_{version}" / "checkpoints" / "last.ckpt"
         last.parent.mkdir(parents=True)
         last.write_bytes(b"")
-        os.utime(last, (time, time))
+        os.utime(last, (mtime, mtime))
     (tmp_path / "lightning_logs" / "version_11").mkdir()
     run = find_last_run(tmp_path, True)
     assert run is not None

@@ -13,7 +13,7 @@ from tests.test_quickstart import in_the_repository, run_quickstart
 __all__ = ["in_the_repository"]  # a fixture that applies to this file as well
 
 METRICS = Path(__file__).parents[1] / "docs" / "metrics.md"
-# What the run below does not show: written by `fastrl test`, and by a drafter's training on a budget.
+# Not in the run below: what `fastrl test` writes, and a drafter's training on a budget.
 OF_OTHER_RUNS = {"reward/test", "reward/test_pass@{k}", "drafter/max_time_share"}
 
 

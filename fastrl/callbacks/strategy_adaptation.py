@@ -2,8 +2,9 @@
 
 After each RL step the ranks exchange what their steps showed and learn it in the same order, so
 that all hold the same beliefs; acceptance seen under an older policy or drafter is forgotten in
-part; the step's choices are logged; a checkpoint holds the bandit. Between RL steps each rank goes
-on learning from its own steps, validation's included.
+part; the step's choices are logged, with what they gained over plain decoding by measurement, and
+drawn at each validation; a checkpoint holds the bandit. Between RL steps each rank goes on learning
+from its own steps, validation's included. Figures are rank 0's.
 
 Leaves out how a strategy is chosen (fastrl/rollout/bandit.py).
 """
@@ -17,7 +18,10 @@ from typing import Any, Protocol, cast
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fastrl.callbacks.strategy_heat_map import heat_map
+from fastrl.callbacks.tensorboard import tensorboard_writers
 from fastrl.rollout.bandit import Bandit, BanditReport
+from fastrl.rollout.bandit_base import MeasuredCost
 from fastrl.rollout.engine import RolloutEngine
 from fastrl.types import PolicySource, RolloutBatch, StepStats
 
@@ -46,6 +50,7 @@ class StrategyAdaptation(Callback):
         self.keep = keep
         self._seen_policy_version: int | None = None
         self._shared_state: dict[str, Any] | None = None  # after the last exchange between ranks
+        self._last_report: tuple[int, BanditReport] | None = None  # not drawn yet, and its RL step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the bandit the engine's selector; refuse arms that need a drafter it has not."""
@@ -71,7 +76,9 @@ class StrategyAdaptation(Callback):
     ) -> None:
         """Log the step's choices, learn what other ranks saw, forget what became stale."""
         source = cast(PolicySource, pl_module)
-        scalars = report_scalars(self.bandit.report()) | {"step": float(source.rl_step)}
+        report = self.bandit.report()
+        self._last_report = (source.rl_step, report)
+        scalars = report_scalars(report) | {"step": float(source.rl_step)}
         pl_module.log_dict(scalars, on_step=True, on_epoch=False, batch_size=len(batch))
         if self._shared_state is not None:
             self._learn_from_all(self._shared_state)
@@ -83,14 +90,32 @@ class StrategyAdaptation(Callback):
         if self._shared_state is not None:
             self._remember_shared()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last RL step: gains and choices by batch size and strategy."""
+        self._draw(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last RL step."""
+        self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        if self._last_report is None:
+            return
+        rl_step, report = self._last_report
+        self._last_report = None
+        if report.buckets and (writers := tensorboard_writers(trainer)):
+            image_HWC = heat_map(report)
+            for writer in writers:
+                writer.add_image("bandit/heat_map", image_HWC, rl_step, dataformats="HWC")
+
     def _learn_from_all(self, shared_state: dict[str, Any]) -> None:
         """Back to the beliefs all ranks had, then every rank's steps since, in the same order."""
-        journals: list[list[StepStats]] = [[] for _ in range(dist.get_world_size())]
+        journals: list[list[StepStats | MeasuredCost]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(journals, self.bandit.journal)
         self.bandit.journal = None
         self.bandit.load_state_dict(shared_state)
-        for stats in in_turns(journals):
-            self.bandit.record(stats)
+        for entry in in_turns(journals):
+            self.bandit.replay(entry)
 
     def _remember_shared(self) -> None:
         self._shared_state = self.bandit.state_dict()
@@ -111,28 +136,38 @@ class StrategyAdaptation(Callback):
             self._remember_shared()
 
 
-def in_turns(journals: Sequence[Sequence[StepStats]]) -> Iterator[StepStats]:
-    """One step of each rank after the other, so that no rank's fill the newest places alone."""
-    for round_of_steps in zip_longest(*journals):
-        yield from (stats for stats in round_of_steps if stats is not None)
+def in_turns(
+    journals: Sequence[Sequence[StepStats | MeasuredCost]],
+) -> Iterator[StepStats | MeasuredCost]:
+    """One entry of each rank after the other, so that no rank's fill the newest places alone."""
+    for round_of_entries in zip_longest(*journals):
+        yield from (entry for entry in round_of_entries if entry is not None)
 
 
 def report_scalars(report: BanditReport) -> dict[str, float]:
-    """`bandit/` figures: the step's choices, and by bucket what the best arm yields.
+    """`bandit/` figures: the step's choices, what they gained, by bucket what it is believed of.
 
     `best_verify_tokens` names the best arm by its tree size; 1 is plain decoding.
+    `bandit_shares/` holds the choices of each bucket apart.
     """
-    shares = {f"bandit/arm_share_{name}": share for name, share in report.arm_shares.items()}
-    best: dict[str, float] = {}
-    for bucket, arm in report.best_arms.items():
-        best[f"bandit/tokens_per_s_batch_{bucket}"] = arm.tokens_per_second
-        best[f"bandit/best_verify_tokens_batch_{bucket}"] = float(arm.strategy.verify_tokens)
-    return {
+    scalars = {
         "bandit/decisions": float(report.num_decisions),
         "bandit/explore_share": report.explore_share,
-        **shares,
-        **best,
+        "bandit/gain": report.gain,
+        "bandit/regret_share": report.regret_share,
+        "bandit/regret_s": report.regret_s,
     }
+    for strategy, share in report.arm_shares.items():
+        scalars[f"bandit/arm_share_{strategy}"] = share
+    for name, bucket in report.buckets.items():
+        scalars[f"bandit/tokens_per_s_batch_{name}"] = bucket.tokens_per_second
+        scalars[f"bandit/gain_batch_{name}"] = bucket.gain
+        if bucket.predicted_gain is not None:
+            scalars[f"bandit/predicted_gain_batch_{name}"] = bucket.predicted_gain
+        scalars[f"bandit/best_verify_tokens_batch_{name}"] = float(bucket.best.verify_tokens)
+        for strategy, share in bucket.arm_shares.items():
+            scalars[f"bandit_shares/batch_{name}/{strategy}"] = share
+    return scalars
 
 
 def _engine(trainer: Trainer) -> RolloutEngine:

@@ -33,8 +33,8 @@ _MAX_ROWS = 4000.0
 """Older rows fade beyond these."""
 _CORRECTION_ROWS = 60.0
 """Rows that a strategy's correction of 1 counts for."""
-_RELATIVE_DEVIATION = 0.6
-"""Of one row's accept length, against its mean."""
+_MOST_RELATIVE_DEVIATION = 0.6
+"""Of one row's accept length, against its mean; a tree ends where a geometric length would not."""
 _CORRECTION_DEVIATION = 0.02
 """Of a strategy's correction that no step has shown."""
 _ODDS_CHANGE = 4.0
@@ -179,6 +179,8 @@ class AcceptanceModel:
     def expected_lengths(self) -> dict[DraftStrategy, AcceptLength]:
         """Of each strategy."""
         levels = self.probabilities()
+        # That of a geometric length is the root of its chance: a poor drafter is soon known.
+        relative_deviation = min(math.sqrt(sum(levels[0])), _MOST_RELATIVE_DEVIATION)
         lengths = {}
         for strategy in self._strategies:
             modelled = static_tree_length(levels, strategy)
@@ -186,7 +188,7 @@ class AcceptanceModel:
             length = (tokens + _CORRECTION_ROWS * modelled) / (rows + _CORRECTION_ROWS)
             lengths[strategy] = AcceptLength(
                 length,
-                _RELATIVE_DEVIATION / math.sqrt(self.num_rows + 1),
+                relative_deviation / math.sqrt(self.num_rows + 1),
                 _CORRECTION_DEVIATION / math.sqrt(1 + rows / _CORRECTION_ROWS),
             )
         return lengths

@@ -39,7 +39,13 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fastrl.rollout.bandit_base import DEFAULT_BATCH_THRESHOLDS, Bandit, BanditReport, BestArm
+from fastrl.rollout.bandit_base import (
+    DEFAULT_BATCH_THRESHOLDS,
+    Bandit,
+    BanditReport,
+    BucketReport,
+)
+from fastrl.rollout.bandit_windows import WindowBandit
 from fastrl.rollout.engine import CostQuery
 from fastrl.types import OFF, DraftStrategy, StepStats
 
@@ -47,7 +53,7 @@ __all__ = [
     "UCB1",
     "Bandit",
     "BanditReport",
-    "BestArm",
+    "BucketReport",
     "BucketedEpsilonGreedy",
     "EpsilonGreedy",
     "FixedStrategy",
@@ -99,7 +105,7 @@ class FixedStrategy:
         """Learns nothing."""
 
 
-class EpsilonGreedy(Bandit):
+class EpsilonGreedy(WindowBandit):
     """`eg`: the best arm of the bucket, and with probability epsilon any of its arms.
 
     Random choices weigh arms by the square of their rates r, the best one's being 1: however slow
@@ -204,7 +210,7 @@ def _published_limit(strategy: DraftStrategy) -> float:
     return math.inf
 
 
-class UCB1(Bandit):
+class UCB1(WindowBandit):
     """`ucb1`: the highest rate plus confidence bonus, with discounted counts.
 
     Rates count in units of the best arm's; the bonus is exploration * sqrt(2 ln N / n), n the arm's
@@ -241,8 +247,8 @@ class UCB1(Bandit):
         self.horizon = horizon
         self._counts = [[0.0] * len(self.arms) for _ in self.batch_thresholds]
 
-    def _observe(self, bucket: int, arm: int, tokens: int, rows: int, seconds: float) -> None:
-        super()._observe(bucket, arm, tokens, rows, seconds)
+    def _observe(self, bucket: int, arm: int, stats: StepStats) -> None:
+        super()._observe(bucket, arm, stats)
         fading = math.exp(-1 / self.horizon)
         self._counts[bucket] = [count * fading for count in self._counts[bucket]]
         self._counts[bucket][arm] += 1
@@ -272,7 +278,7 @@ class UCB1(Bandit):
         self._counts = [list(counts) for counts in state["counts"]]
 
 
-class Predefined(Bandit):
+class Predefined(WindowBandit):
     """`predefined`: the strategy a schedule names for the live batch; steps only serve reports.
 
     Args:

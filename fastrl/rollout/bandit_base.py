@@ -1,23 +1,22 @@
-"""What every bandit over draft strategies shares: windows of steps, first tries, state, reports.
+"""What every bandit over draft strategies shares: arms, buckets, exclusion, journal, report, state.
 
-Evidence of an arm in a bucket of live batch sizes is a sliding window of its newest steps. Leaves
-out how an arm is chosen: `bandit.py`, which also says what comes from where.
+Leaves out what is learnt and how an arm is chosen: `bandit_windows.py` and `bandit.py` (sliding
+windows, which also say what comes from where), `model_bandit.py` (a model of acceptance and cost).
 """
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
 from abc import ABC, abstractmethod
-from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 from fastrl.rollout.engine import CostQuery
+from fastrl.rollout.gain_meter import GainMeter
 from fastrl.types import OFF, DraftStrategy, StepStats
 
 DEFAULT_BATCH_THRESHOLDS = (1, 2, 5, 9, 17, 33, 65)
@@ -26,132 +25,96 @@ DEFAULT_BATCH_THRESHOLDS = (1, 2, 5, 9, 17, 33, 65)
 MAX_TREE_NODES = 2048
 """Tree nodes a step may verify over all rows: its logits must fit memory (eagle_mab.py:438-446)."""
 
-_PRIOR_ROWS = 16
-"""Rows that an arm's mean accept length over all buckets counts for in each bucket."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredCost:
+    """A cost query and its answer, as journals keep them."""
+
+    query: CostQuery
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BestArm:
-    """The arm a bucket holds for best, and what it yielded."""
+class BucketReport:
+    """One bucket of live batch sizes: a period's steps in it, and what is believed of it now.
 
-    strategy: DraftStrategy
+    Gains are tokens a second over those of `off` at the same batch sizes.
+    """
+
+    arm_shares: Mapping[str, float]
+    """Share of the bucket's decisions by strategy, every arm named."""
+    best: DraftStrategy
+    """The arm believed to be the fastest."""
     tokens_per_second: float
-    """Median over the window's steps, the whole batch together."""
+    """Of the whole batch together."""
+    gain: float
+    """Measured, over all steps, those of `off` included."""
+    predicted_gain: float | None
+    """Of the arms that were run, as believed before the period; None where nothing was known."""
+    arm_gains: Mapping[str, float]
+    """Measured, by strategy that was run."""
+    believed_gains: Mapping[str, float]
+    """Of every strategy that may run and whose step time is known, at the period's mean batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BanditReport:
-    """What a bandit decided since `start_period`, and what it believes now."""
+    """What a bandit decided since `start_period`, what that gained, and what it believes now."""
 
     num_decisions: int
     explore_share: float
-    """Share of decisions made to learn: first tries and random ones; 0 with no decision."""
+    """Share of decisions made to learn: first tries, control steps and random ones; 0 without."""
     arm_shares: Mapping[str, float]
     """Share of decisions by strategy, every arm named; 0 with no decision."""
-    best_arms: Mapping[str, BestArm]
+    gain: float
+    """Measured over all steps: seconds that `off` would have needed over seconds taken."""
+    regret_share: float
+    """Share of the period's decode time lost against each bucket's best arm, as now believed."""
+    regret_s: float
+    """Seconds lost so since the start."""
+    buckets: Mapping[str, BucketReport]
     """By bucket of live batch sizes (`1`, `2-4`, `65_up`); those without any step are left out."""
 
 
-class _Window:
-    """The last steps of one arm in one bucket; logarithmic time a step, constant time a look."""
-
-    __slots__ = (
-        "median_seconds",
-        "num_current",
-        "rows",
-        "size",
-        "sorted_seconds",
-        "steps",
-        "tokens",
-    )
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.steps: deque[tuple[int, int, float]] = deque()  # tokens, rows, seconds
-        self.sorted_seconds: list[float] = []
-        self.median_seconds = 0.0
-        self.num_current = 0  # newest steps whose acceptance still counts
-        self.tokens = 0  # sums over those
-        self.rows = 0
-
-    def append(self, tokens: int, rows: int, seconds: float) -> None:
-        if len(self.steps) == self.size:
-            self._drop_oldest()
-        self.steps.append((tokens, rows, seconds))
-        insort(self.sorted_seconds, seconds)
-        middle = len(self.sorted_seconds) // 2
-        self.median_seconds = (self.sorted_seconds[middle] + self.sorted_seconds[~middle]) / 2
-        self.num_current += 1
-        self.tokens += tokens
-        self.rows += rows
-
-    def _drop_oldest(self) -> None:
-        if self.num_current == len(self.steps):
-            self.num_current -= 1
-            self.tokens -= self.steps[0][0]
-            self.rows -= self.steps[0][1]
-        *_, seconds = self.steps.popleft()
-        del self.sorted_seconds[bisect_left(self.sorted_seconds, seconds)]
-
-    def rate(self, mean_accept_length: float) -> float:
-        """Expected tokens per second and row, accept lengths drawn towards the mean given."""
-        tokens = self.tokens + _PRIOR_ROWS * mean_accept_length
-        return tokens / ((self.rows + _PRIOR_ROWS) * self.median_seconds)
-
-    @property
-    def median_tokens_per_second(self) -> float:
-        return statistics.median(tokens / seconds for tokens, _, seconds in self.steps)
-
-    def keep_acceptance(self, num_steps: int) -> None:
-        """Count the acceptance of the newest `num_steps` only."""
-        self.num_current = num_steps
-        current = list(islice(reversed(self.steps), num_steps))
-        self.tokens = sum(tokens for tokens, _, _ in current)
-        self.rows = sum(rows for _, rows, _ in current)
-
-
 class Bandit(ABC):
-    """A strategy selector that learns: windows, first tries and state; subclasses choose.
+    """A strategy selector that learns: subclasses say what, and choose.
 
-    Implements `engine.StrategySelector`. An arm that lost after its `min_tries` is tried again only
-    as the algorithm explores; it is never forced again, however old its steps.
+    Implements `engine.StrategySelector`.
     """
 
-    def __init__(
-        self,
-        strategies: Sequence[str],
-        batch_thresholds: Sequence[int],
-        window_size: int,
-        min_tries: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, strategies: Sequence[str], batch_thresholds: Sequence[int], seed: int):
         self.arms = _parse_arms(strategies)
         self.batch_thresholds = _checked_thresholds(batch_thresholds)
-        if window_size < 1 or not 0 <= min_tries <= window_size:
-            raise ValueError(
-                "bandit: need window_size >= 1 and 0 <= min_tries <= window_size, so that first "
-                f"tries fit the window; got window_size {window_size}, min_tries {min_tries}"
-            )
-        self.window_size = window_size
-        self.min_tries = min_tries
         self.seed = seed
-        self._num_first_tries = max(min_tries, 1)
-        self.journal: list[StepStats] | None = None
-        """Steps recorded since their owner last took them; None keeps no journal."""
+        self.journal: list[StepStats | MeasuredCost] | None = None
+        """What was recorded since its owner last took it; None keeps no journal."""
         self._max_batch: list[float] = [_node_limited_batch(arm) for arm in self.arms]
         self._arm_index = {arm: index for index, arm in enumerate(self.arms)}
         self._excluded: set[DraftStrategy] = set()
         self._rng = random.Random(seed)
-        self._windows = [[_Window(window_size) for _ in self.arms] for _ in self.batch_thresholds]
-        self._mean_accept = [1.0] * len(self.arms)  # over all buckets, older steps fading
-        self._mean_weight = [0.0] * len(self.arms)  # rows behind it, faded alike
-        self._untried = [set(range(len(self.arms))) for _ in self.batch_thresholds]
-        self._num_selected = [[0] * len(self.arms) for _ in self.batch_thresholds]
-        self.start_period()
+        self._meter = GainMeter(len(self.batch_thresholds), len(self.arms))
+        self._past_regret_s = 0.0
+        self._clear_period()
 
     @abstractmethod
-    def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
-        """One of two or more candidates, all with steps in the bucket; whether it explores."""
+    def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
+        """The arm of a step, and whether it is taken to learn."""
+
+    @abstractmethod
+    def _observe(self, bucket: int, arm: int, stats: StepStats) -> None:
+        """Learn from a step that has been checked."""
+
+    @abstractmethod
+    def discount(self, keep: float) -> None:
+        """Forget acceptance in part, down to a share `keep`: policy or drafter changed."""
+
+    @abstractmethod
+    def _usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
+        """Median seconds of a step; None while unknown."""
+
+    @abstractmethod
+    def _believed_gains(self, bucket: int, batch_size: int) -> dict[int, float]:
+        """Tokens a second over those of `off`, by arm known and allowed; empty without `off`."""
 
     @property
     def strategies(self) -> tuple[DraftStrategy, ...]:
@@ -162,8 +125,7 @@ class Bandit(ABC):
         """Strategy for a step over `batch_size` live rows; context length is not looked at."""
         bucket = self._bucket(batch_size)
         arm, is_exploring = self._decide(bucket, batch_size)
-        self._num_selected[bucket][arm] += 1
-        self._period_by_arm[arm] += 1
+        self._period_choices[bucket][arm] += 1
         self._period_explored += is_exploring
         return self.arms[arm]
 
@@ -179,24 +141,6 @@ class Bandit(ABC):
         """Raises ValueError: costs were not asked for."""
         raise ValueError(f"bandit: {type(self).__name__} asked for no costs, got that of {query}")
 
-    def _candidates(self, batch_size: int) -> list[int]:
-        """Arms that may run at a batch size."""
-        return [
-            index
-            for index, limit in enumerate(self._max_batch)
-            if batch_size <= limit and self.arms[index] not in self._excluded
-        ]
-
-    def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
-        candidates = self._candidates(batch_size)
-        if len(candidates) == 1:
-            return candidates[0], False
-        if untried := self._untried[bucket].intersection(candidates):
-            # In turns, so that arms meet the same batch sizes even while the batch shrinks.
-            num_selected = self._num_selected[bucket]
-            return min(untried, key=lambda arm: (num_selected[arm], arm)), True
-        return self._choose(bucket, candidates)
-
     def record(self, stats: StepStats) -> None:
         """Learn from a finished step; raises ValueError for a strategy that is no arm."""
         arm = self._arm_index.get(stats.strategy)
@@ -208,74 +152,102 @@ class Bandit(ABC):
         if stats.seconds <= 0 or stats.batch_size < 1:
             raise ValueError(f"bandit: a step needs seconds > 0 and rows >= 1, got {stats}")
         bucket = self._bucket(stats.batch_size)
-        self._observe(bucket, arm, stats.num_tokens, stats.batch_size, stats.seconds)
+        self._measure(bucket, arm, stats)
+        self._observe(bucket, arm, stats)
         if self.journal is not None:
             self.journal.append(stats)
 
-    def _observe(self, bucket: int, arm: int, tokens: int, rows: int, seconds: float) -> None:
-        window = self._windows[bucket][arm]
-        window.append(tokens, rows, seconds)
-        weight = (1 - 1 / self.window_size) * self._mean_weight[arm] + rows
-        self._mean_accept[arm] += (tokens - rows * self._mean_accept[arm]) / weight
-        self._mean_weight[arm] = weight
-        if len(window.steps) >= self._num_first_tries:
-            self._untried[bucket].discard(arm)
+    def _measure(self, bucket: int, arm: int, stats: StepStats) -> None:
+        """Count a step's gain, by what was known before it; steps that nothing is known of do not
+        count."""
+        rows = stats.batch_size
+        off_seconds = self._usual_seconds(0, bucket, rows)
+        usual_seconds = off_seconds if arm == 0 else self._usual_seconds(arm, bucket, rows)
+        if off_seconds is None or usual_seconds is None:
+            return
+        if bucket not in self._forecasts:
+            self._forecasts[bucket] = self._believed_gains(bucket, rows)
+        self._meter.add(
+            bucket, arm, rows, stats.num_tokens, stats.seconds, usual_seconds, off_seconds
+        )
+
+    def replay(self, entry: StepStats | MeasuredCost) -> None:
+        """Learn from an entry of a journal, another rank's or one's own."""
+        if isinstance(entry, StepStats):
+            self.record(entry)
+        else:
+            self.record_cost(entry.query, entry.seconds)
+
+    def _candidates(self, batch_size: int) -> list[int]:
+        """Arms that may run a step over so many rows; `off`, 0, always."""
+        return [
+            index
+            for index, limit in enumerate(self._max_batch)
+            if batch_size <= limit and self.arms[index] not in self._excluded
+        ]
 
     def _bucket(self, batch_size: int) -> int:
         return bisect_right(self.batch_thresholds, batch_size) - 1
-
-    def _rates(self, bucket: int, arms: Sequence[int]) -> list[float]:
-        """Expected tokens per second and row, of arms with steps in the bucket."""
-        windows, mean_accept = self._windows[bucket], self._mean_accept
-        return [windows[arm].rate(mean_accept[arm]) for arm in arms]
-
-    def discount(self, keep: float) -> None:
-        """Forget acceptance of older steps, after the policy or the drafter changed.
-
-        In each window the newest share `keep` goes on counting, rounded down; without any, the
-        arm's mean over all buckets stands in, whose older steps lose weight alike. Step times stay,
-        since they depend on shapes alone.
-        """
-        if not 0 <= keep <= 1:
-            raise ValueError(f"bandit: keep must be in [0, 1] (1 forgets nothing), got {keep}")
-        for arm_windows in self._windows:
-            for window in arm_windows:
-                window.keep_acceptance(int(keep * window.num_current))
-        self._mean_weight = [keep * weight for weight in self._mean_weight]
 
     def reseed(self, step: int) -> None:
         """Draw further random choices from (seed, step), so that ranks draw alike."""
         self._rng = random.Random(f"{self.seed}/{step}")
 
     def start_period(self) -> None:
-        """Count decisions from here on."""
-        self._period_by_arm = [0] * len(self.arms)
-        self._period_explored = 0
+        """Count decisions and gains from here on; the regret so far is settled by what is believed
+        now."""
+        self._past_regret_s += self._meter.lost_seconds(self._believed_by_bucket())
+        self._meter.start_period()
+        self._clear_period()
 
-    def arm_shares(self) -> dict[str, float]:
-        """Share of this period's decisions, by strategy."""
-        num_decisions = max(sum(self._period_by_arm), 1)
-        shares = (count / num_decisions for count in self._period_by_arm)
-        return dict(zip(map(str, self.arms), shares, strict=True))
+    def _clear_period(self) -> None:
+        self._period_choices = [[0] * len(self.arms) for _ in self.batch_thresholds]
+        self._period_explored = 0
+        self._forecasts: dict[int, dict[int, float]] = {}  # by bucket, from before its first step
+
+    def _believed_by_bucket(self) -> dict[int, dict[int, float]]:
+        """Of buckets with steps this period, at their mean batch."""
+        meter = self._meter
+        gains = {b: self._believed_gains(b, meter.batch_size(b)) for b in meter.buckets}
+        return {bucket: arm_gains for bucket, arm_gains in gains.items() if arm_gains}
 
     def report(self) -> BanditReport:
-        """This period's decisions and the present beliefs, for logging."""
-        num_decisions = sum(self._period_by_arm)
-        best_arms = {}
-        for bucket, windows in enumerate(self._windows):
-            if known := [arm for arm, window in enumerate(windows) if window.steps]:
-                rates = self._rates(bucket, known)
-                best = known[rates.index(max(rates))]
-                best_arms[self._bucket_name(bucket)] = BestArm(
-                    strategy=self.arms[best],
-                    tokens_per_second=windows[best].median_tokens_per_second,
-                )
+        """This period's decisions and gains, and the present beliefs, for logging."""
+        by_arm = [sum(counts) for counts in zip(*self._period_choices, strict=True)]
+        believed = self._believed_by_bucket()
+        lost_seconds = self._meter.lost_seconds(believed)
         return BanditReport(
-            num_decisions=num_decisions,
-            explore_share=self._period_explored / max(num_decisions, 1),
-            arm_shares=self.arm_shares(),
-            best_arms=best_arms,
+            num_decisions=sum(by_arm),
+            explore_share=self._period_explored / max(sum(by_arm), 1),
+            arm_shares=self._shares(by_arm),
+            gain=self._meter.gain(self._meter.buckets),
+            regret_share=lost_seconds / (self._meter.total_seconds or 1.0),
+            regret_s=self._past_regret_s + lost_seconds,
+            buckets={
+                self._bucket_name(bucket): self._bucket_report(bucket, arm_gains)
+                for bucket, arm_gains in believed.items()
+            },
         )
+
+    def _bucket_report(self, bucket: int, believed_gains: Mapping[int, float]) -> BucketReport:
+        meter = self._meter
+        return BucketReport(
+            arm_shares=self._shares(self._period_choices[bucket]),
+            best=self.arms[max(believed_gains, key=lambda arm: believed_gains[arm])],
+            tokens_per_second=meter.tokens_per_second(bucket),
+            gain=meter.gain([bucket]),
+            predicted_gain=meter.expected_gain(bucket, self._forecasts[bucket]),
+            arm_gains=self._by_name(meter.arm_gains(bucket)),
+            believed_gains=self._by_name(believed_gains),
+        )
+
+    def _by_name(self, by_arm: Mapping[int, float]) -> dict[str, float]:
+        return {str(self.arms[arm]): value for arm, value in by_arm.items()}
+
+    def _shares(self, counts: Sequence[int]) -> dict[str, float]:
+        num_decisions = max(sum(counts), 1)
+        shares = (count / num_decisions for count in counts)
+        return dict(zip(map(str, self.arms), shares, strict=True))
 
     def _bucket_name(self, bucket: int) -> str:
         first = self.batch_thresholds[bucket]
@@ -290,47 +262,38 @@ class Bandit(ABC):
             "algorithm": type(self).__name__,
             "arms": [str(arm) for arm in self.arms],
             "batch_thresholds": list(self.batch_thresholds),
-            "windows": [
-                [{"steps": list(w.steps), "num_current": w.num_current} for w in arm_windows]
-                for arm_windows in self._windows
-            ],
-            "mean_accept": list(self._mean_accept),
-            "mean_weight": list(self._mean_weight),
-            "num_selected": [list(counts) for counts in self._num_selected],
-            "period": {"by_arm": list(self._period_by_arm), "explored": self._period_explored},
+            "period": {
+                "choices": [list(counts) for counts in self._period_choices],
+                "explored": self._period_explored,
+                "forecasts": [[b, list(gains.items())] for b, gains in self._forecasts.items()],
+                "gains": self._meter.state_dict(),
+                "past_regret_s": self._past_regret_s,
+            },
             "rng": self._rng.getstate(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave; raises ValueError for other arms, buckets or algorithm."""
-        mine = self.state_dict()
+        mine = Bandit.state_dict(self)
         for key in ("algorithm", "arms", "batch_thresholds"):
             if state[key] != mine[key]:
                 raise ValueError(
                     f"bandit: the saved state has {key} {state[key]}, this run has {mine[key]}; "
                     "resume with the saved run's bandit settings"
                 )
-        for windows, saved_windows in zip(self._windows, state["windows"], strict=True):
-            for arm, saved in enumerate(saved_windows):
-                windows[arm] = self._restored_window(saved)
-        self._mean_accept = list(state["mean_accept"])
-        self._mean_weight = list(state["mean_weight"])
-        self._untried = [
-            {arm for arm, window in enumerate(windows) if len(window.steps) < self._num_first_tries}
-            for windows in self._windows
-        ]
-        self._num_selected = [list(counts) for counts in state["num_selected"]]
-        self._period_by_arm = list(state["period"]["by_arm"])
+        self._period_choices = [list(counts) for counts in state["period"]["choices"]]
         self._period_explored = state["period"]["explored"]
+        self._forecasts = {bucket: dict(gains) for bucket, gains in state["period"]["forecasts"]}
+        self._meter.load_state_dict(state["period"]["gains"])
+        self._past_regret_s = state["period"]["past_regret_s"]
         version, words, gauss_next = state["rng"]
         self._rng.setstate((version, tuple(words), gauss_next))
 
-    def _restored_window(self, saved: Mapping[str, Any]) -> _Window:
-        window = _Window(self.window_size)
-        for tokens, rows, seconds in saved["steps"]:
-            window.append(tokens, rows, seconds)
-        window.keep_acceptance(min(saved["num_current"], len(window.steps)))
-        return window
+
+def check_keep(keep: float) -> None:
+    """Raises ValueError unless `keep` is a share."""
+    if not 0 <= keep <= 1:
+        raise ValueError(f"bandit: keep must be in [0, 1] (1 forgets nothing), got {keep}")
 
 
 def _parse_arms(strategies: Sequence[str]) -> tuple[DraftStrategy, ...]:

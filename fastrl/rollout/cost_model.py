@@ -9,9 +9,9 @@ forgotten within a few steps; it also follows growing contexts.
 from __future__ import annotations
 
 import math
-import statistics
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Collection
 from typing import Any
 
 _WINDOW = 31
@@ -28,6 +28,7 @@ class CostModel:
 
     def __init__(self, num_buckets: int) -> None:
         self._profile: dict[int, float] = {}
+        self._curve: dict[int, float] = {}  # values between the profile's points, as asked for
         self._ratios = [deque[float](maxlen=_WINDOW) for _ in range(num_buckets)]
         self._medians = [1.0] * num_buckets
 
@@ -38,6 +39,7 @@ class CostModel:
     def add_profile(self, batch_size: int, seconds: float) -> None:
         """A point of the curve."""
         self._profile[batch_size] = seconds
+        self._curve.clear()
 
     def is_known(self, bucket: int, batch_size: int) -> bool:
         """Whether a step at this batch size can be told: from the profile, or steps nearby."""
@@ -48,16 +50,20 @@ class CostModel:
     def record(self, bucket: int, batch_size: int, seconds: float) -> None:
         """Learn from a step."""
         if not self._ratios[bucket] and not self.is_known(bucket, batch_size):
-            self._profile[batch_size] = seconds
+            self.add_profile(batch_size, seconds)
         ratios = self._ratios[bucket]
         if not ratios:
             ratios.append(1.0)  # the profile's vote
         ratios.append(seconds / self._profiled(batch_size))
-        self._medians[bucket] = statistics.median_low(ratios)
+        self._medians[bucket] = _median_low(ratios)
 
     def seconds(self, bucket: int, batch_size: int) -> float:
         """Expected of a step."""
         return self._profiled(batch_size) * self._medians[bucket]
+
+    def num_steps(self, bucket: int) -> int:
+        """Steps that its ratio is a median of."""
+        return max(len(self._ratios[bucket]) - 1, 0)
 
     def deviation(self, bucket: int) -> float:
         """Standard deviation of the logarithm of `seconds`."""
@@ -66,6 +72,11 @@ class CostModel:
     def _profiled(self, batch_size: int) -> float:
         """The curve: linear between its points, level before the first, as steep as the last two
         after the last."""
+        if batch_size not in self._curve:
+            self._curve[batch_size] = self._interpolated(batch_size)
+        return self._curve[batch_size]
+
+    def _interpolated(self, batch_size: int) -> float:
         points = sorted(self._profile)
         place = bisect_left(points, batch_size)
         if place == 0 or len(points) == 1:
@@ -84,5 +95,10 @@ class CostModel:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
         self._profile = dict(state["profile"])
+        self._curve.clear()
         self._ratios = [deque(ratios, maxlen=_WINDOW) for ratios in state["ratios"]]
-        self._medians = [statistics.median_low(r) if r else 1.0 for r in self._ratios]
+        self._medians = [_median_low(ratios) if ratios else 1.0 for ratios in self._ratios]
+
+
+def _median_low(values: Collection[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 2]

@@ -5,7 +5,8 @@ for all arms of a drafter and all batch sizes) over its expected step time (cost
 profiled before the first rollout, then tracked). So a few steps of any tree tell about all trees,
 at all batch sizes, and `off`, whose accept length is 1, is an arm like any other. Each decision
 draws every arm's rate from its posterior and takes the best (Thompson sampling, 1933): arms are
-tried as often as they may be the best, and no more.
+tried as often as they may be the best, and no more. Besides, one step in two hundred at least is
+one of `off`: what speculation gains is measured against it.
 
 Leaves out the choice among several drafters' trees at once, and agreement between tensor-parallel
 ranks, whose step times differ: there, one rank decides.
@@ -14,22 +15,46 @@ ranks, whose step times differ: there, one rank decides.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastrl.rollout.acceptance_model import PLAIN_LENGTH, AcceptanceModel, AcceptLength
-from fastrl.rollout.bandit_base import DEFAULT_BATCH_THRESHOLDS, Bandit
+from fastrl.rollout.bandit_base import (
+    DEFAULT_BATCH_THRESHOLDS,
+    Bandit,
+    MeasuredCost,
+    check_keep,
+)
 from fastrl.rollout.cost_model import CostModel
 from fastrl.rollout.engine import CostQuery
 from fastrl.types import DraftStrategy, StepStats
 
-_REFRESH_STEPS = 8
-"""Steps between two looks at the acceptance model; at once when it started anew."""
+_STEPS_PER_PLAN = 8
+"""Steps that a comparison of the arms serves, unless what it rests on changed at once."""
+_MOST_STEPS_PER_REFRESH = 64
+"""Steps between two looks at the acceptance model, once these tell little new."""
 _STEP_KEEP = 0.999
 """Share of what was seen of acceptance that a decode step leaves: arms that went unused for long
 are tried again."""
 _PROFILED_CONTEXT = 128
+_CONTROL_STEPS = 200
+"""Decisions in a bucket, one of which at least is for `off`."""
+_FIRST_CONTROL_STEPS = 20
+"""The same until `off` has had so many steps there as make a median."""
+_ENOUGH_CONTROLS = 10
+_WINNING_DEVIATIONS = 3.5
+"""An arm that would have to exceed its mean by so many is not drawn."""
+
+
+class _Option(NamedTuple):
+    """An arm at a batch size: the logarithm of its rate, and standard deviations of it."""
+
+    arm: int
+    drafter: int
+    rate: float
+    shared_deviation: float
+    own_deviation: float
 
 
 class ModelBased(Bandit):
@@ -40,7 +65,6 @@ class ModelBased(Bandit):
             depth_topk_verifytokens ('8_4_48'), or of n-gram ones ('ngram_8_1_9').
         batch_thresholds: Smallest live batch of each bucket, ascending from 1; step times are
             tracked for each.
-        window_size: Newest steps, of each arm in each bucket, that reports are of.
         seed: Seed of the draws from the posterior.
     """
 
@@ -48,18 +72,22 @@ class ModelBased(Bandit):
         self,
         strategies: list[str],
         batch_thresholds: Sequence[int] = DEFAULT_BATCH_THRESHOLDS,
-        window_size: int = 100,
         seed: int = 0,
     ) -> None:
-        super().__init__(strategies, batch_thresholds, window_size, 1, seed)
+        super().__init__(strategies, batch_thresholds, seed)
         kinds: dict[str, list[DraftStrategy]] = {}
         for arm in self.arms:
             if not arm.is_off:
                 kinds.setdefault(arm.drafter, []).append(arm)
+        self._kinds = list(kinds)
         self._acceptance = {kind: AcceptanceModel(arms) for kind, arms in kinds.items()}
         self._costs = [CostModel(len(self.batch_thresholds)) for _ in self.arms]
         self._lengths = [PLAIN_LENGTH] * len(self.arms)
+        self._plans: dict[int, list[_Option]] = {}  # by batch size, the likeliest best arm first
+        self._steps_since_plan = 0
         self._steps_since_refresh = 0
+        self._refresh_steps = _STEPS_PER_PLAN
+        self._steps_to_control = [_FIRST_CONTROL_STEPS] * len(self.batch_thresholds)
         self._refresh()
 
     # -- costs ------------------------------------------------------------------------------------
@@ -78,63 +106,109 @@ class ModelBased(Bandit):
     def record_cost(self, query: CostQuery, seconds: float) -> None:
         """A point of an arm's cost curve."""
         self._costs[self._arm_index[query.strategy]].add_profile(query.batch_size, seconds)
+        self._plans.clear()
+        if self.journal is not None:
+            self.journal.append(MeasuredCost(query=query, seconds=seconds))
+
+    def _usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
+        cost = self._costs[arm]
+        return cost.seconds(bucket, batch_size) if cost.is_known(bucket, batch_size) else None
 
     # -- choice -----------------------------------------------------------------------------------
 
     def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
-        candidates = self._candidates(batch_size)
-        if len(candidates) == 1:
-            return candidates[0], False
-        unknown = [a for a in candidates if not self._costs[a].is_known(bucket, batch_size)]
-        if unknown:
-            num_selected = self._num_selected[bucket]
-            return min(unknown, key=lambda arm: (num_selected[arm], arm)), True
-        expected, drawn = [], []
+        arm, is_exploring = self._decide_freely(bucket, batch_size)
+        if arm == 0:
+            is_known = self._costs[0].num_steps(bucket) >= _ENOUGH_CONTROLS
+            self._steps_to_control[bucket] = _CONTROL_STEPS if is_known else _FIRST_CONTROL_STEPS
+        else:
+            self._steps_to_control[bucket] -= 1
+        return arm, is_exploring
+
+    def _decide_freely(self, bucket: int, batch_size: int) -> tuple[int, bool]:
+        if self._steps_to_control[bucket] <= 0:
+            return 0, True
+        plan = self._plans.get(batch_size)
+        if plan is None:
+            candidates = self._candidates(batch_size)
+            unknown = [a for a in candidates if not self._costs[a].is_known(bucket, batch_size)]
+            if unknown:
+                return unknown[0], True
+            plan = self._plans[batch_size] = self._plan(bucket, batch_size, candidates)
+        best = plan[0]
+        if len(plan) == 1:
+            return best.arm, False
+        gauss = self._rng.gauss
         # A drafter's trees stand or fall together with what all of them share.
-        shared = {kind: self._rng.gauss(0.0, 1.0) for kind in self._acceptance}
+        shared = [gauss(0.0, 1.0) for _ in self._kinds]
+        highest, chosen = -math.inf, best
+        for option in plan:
+            _, drafter, rate, shared_deviation, own_deviation = option
+            rate += own_deviation * gauss(0.0, 1.0)
+            if drafter >= 0:
+                rate += shared_deviation * shared[drafter]
+            if rate > highest:
+                highest, chosen = rate, option
+        return chosen.arm, chosen is not best
+
+    def _plan(self, bucket: int, batch_size: int, candidates: Sequence[int]) -> list[_Option]:
+        """The arms that may be the best at a batch size, the likeliest first."""
+        options = []
         for arm in candidates:
             believed, cost = self._lengths[arm], self._costs[arm]
-            rate = math.log(believed.mean / cost.seconds(bucket, batch_size))
-            own_deviation = math.hypot(believed.own_deviation, cost.deviation(bucket))
-            draw = rate + own_deviation * self._rng.gauss(0.0, 1.0)
-            if arm:
-                draw += believed.shared_deviation * shared[self.arms[arm].drafter]
-            expected.append(rate)
-            drawn.append(draw)
-        chosen = drawn.index(max(drawn))
-        return candidates[chosen], expected[chosen] < max(expected)
+            options.append(
+                _Option(
+                    arm,
+                    self._kinds.index(self.arms[arm].drafter) if arm else -1,
+                    math.log(believed.mean / cost.seconds(bucket, batch_size)),
+                    believed.shared_deviation,
+                    math.hypot(believed.own_deviation, cost.deviation(bucket)),
+                )
+            )
+        options.sort(key=lambda option: -option.rate)
+        least = options[0].rate - _reach(options[0])
+        return [option for option in options if option.rate + _reach(option) >= least]
 
-    def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
-        raise AssertionError("ModelBased decides by itself")
+    def exclude(self, strategies: Collection[DraftStrategy]) -> None:
+        """Choose none of these until told anew; `off` cannot be excluded."""
+        super().exclude(strategies)
+        self._plans.clear()
 
     # -- learning ---------------------------------------------------------------------------------
 
-    def record(self, stats: StepStats) -> None:
-        """Learn from a finished step; raises ValueError for a strategy that is no arm."""
-        super().record(stats)
-        arm = self._arm_index[stats.strategy]
-        bucket = self._bucket(stats.batch_size)
+    def _observe(self, bucket: int, arm: int, stats: StepStats) -> None:
         self._costs[arm].record(bucket, stats.batch_size, stats.seconds)
-        started_anew = False
-        if not stats.strategy.is_off:
-            model = self._acceptance[stats.strategy.drafter]
-            started_anew = model.record(stats)
+        self._steps_since_plan += 1
         self._steps_since_refresh += 1
-        if started_anew or self._steps_since_refresh >= _REFRESH_STEPS:
+        started_anew = False
+        if arm:
+            acceptance = self._acceptance[stats.strategy.drafter]
+            started_anew = acceptance.record(stats)
+            # A look costs more than a step's counts; it is worth it when they have grown.
+            interval = int(acceptance.num_rows / (8 * stats.batch_size))
+            self._refresh_steps = min(max(interval, _STEPS_PER_PLAN), _MOST_STEPS_PER_REFRESH)
+        if started_anew or self._steps_since_refresh >= self._refresh_steps:
             for model in self._acceptance.values():
                 model.discount(_STEP_KEEP**self._steps_since_refresh)
                 model.bound()
             self._refresh()
+        elif self._steps_since_plan >= _STEPS_PER_PLAN:
+            self._clear_plans()
 
     def _refresh(self) -> None:
         for model in self._acceptance.values():
             for strategy, length in model.expected_lengths().items():
                 self._lengths[self._arm_index[strategy]] = length
         self._steps_since_refresh = 0
+        self._clear_plans()
+
+    def _clear_plans(self) -> None:
+        self._plans.clear()
+        self._steps_since_plan = 0
 
     def discount(self, keep: float) -> None:
         """Forget acceptance in part, after the policy or the drafter changed; times stay."""
-        super().discount(keep)
+        check_keep(keep)
         for model in self._acceptance.values():
             if keep < 1:
                 model.take_notice(keep)
@@ -142,26 +216,21 @@ class ModelBased(Bandit):
 
     # -- what it believes -------------------------------------------------------------------------
 
+    def _believed_gains(self, bucket: int, batch_size: int) -> dict[int, float]:
+        rates = {}
+        for arm in self._candidates(batch_size):
+            if seconds := self._usual_seconds(arm, bucket, batch_size):
+                rates[arm] = self._lengths[arm].mean / seconds
+        return {arm: rate / rates[0] for arm, rate in rates.items()} if 0 in rates else {}
+
     def predicted_gains(self) -> dict[str, dict[str, float]]:
         """Predicted tokens a second relative to `off`, by bucket and strategy, at the bucket's
         smallest batch; buckets and arms whose times are unknown are left out."""
-        gains: dict[str, dict[str, float]] = {}
-        for bucket, batch_size in enumerate(self.batch_thresholds):
-            known = [
-                arm
-                for arm in self._candidates(batch_size)
-                if self._costs[arm].is_known(bucket, batch_size)
-            ]
-            if 0 not in known:
-                continue
-            off_seconds = self._costs[0].seconds(bucket, batch_size)
-            gains[self._bucket_name(bucket)] = {
-                str(self.arms[arm]): self._lengths[arm].mean
-                * off_seconds
-                / self._costs[arm].seconds(bucket, batch_size)
-                for arm in known
-            }
-        return gains
+        return {
+            self._bucket_name(bucket): self._by_name(gains)
+            for bucket, batch_size in enumerate(self.batch_thresholds)
+            if (gains := self._believed_gains(bucket, batch_size))
+        }
 
     @property
     def num_alarms(self) -> int:
@@ -176,7 +245,16 @@ class ModelBased(Bandit):
             "acceptance": {kind: model.state_dict() for kind, model in self._acceptance.items()},
             "costs": [cost.state_dict() for cost in self._costs],
             "lengths": [list(astuple(length)) for length in self._lengths],
-            "steps_since_refresh": self._steps_since_refresh,
+            "plans": [
+                [batch_size, [list(option) for option in plan]]
+                for batch_size, plan in self._plans.items()
+            ],
+            "steps": {
+                "since_plan": self._steps_since_plan,
+                "since_refresh": self._steps_since_refresh,
+                "refresh": self._refresh_steps,
+                "to_control": list(self._steps_to_control),
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -187,4 +265,15 @@ class ModelBased(Bandit):
         for cost, saved in zip(self._costs, state["costs"], strict=True):
             cost.load_state_dict(saved)
         self._lengths = [AcceptLength(*length) for length in state["lengths"]]
-        self._steps_since_refresh = state["steps_since_refresh"]
+        self._plans = {
+            batch_size: [_Option(*option) for option in plan] for batch_size, plan in state["plans"]
+        }
+        steps = state["steps"]
+        self._steps_since_plan = steps["since_plan"]
+        self._steps_since_refresh = steps["since_refresh"]
+        self._refresh_steps = steps["refresh"]
+        self._steps_to_control = list(steps["to_control"])
+
+
+def _reach(option: _Option) -> float:
+    return _WINNING_DEVIATIONS * (option.shared_deviation + option.own_deviation)

@@ -5,6 +5,7 @@ The engine is a fake whose step times are simulated; policy, Trainer and process
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastrl.callbacks.strategy_adaptation import StrategyAdaptation, in_turns, report_scalars
 from fastrl.rollout.bandit import (
     BanditReport,
-    BestArm,
     BucketedEpsilonGreedy,
+    BucketReport,
     EpsilonGreedy,
     FixedStrategy,
 )
@@ -219,21 +220,51 @@ def test_steps_of_ranks_are_learned_in_turns() -> None:
     assert steps == [first[0], second[0], third[0], first[1], third[1], first[2]]
 
 
-def test_report_s_scalars_are_named_by_strategy_and_bucket() -> None:
-    report = BanditReport(
+def report_of_one_bucket() -> BanditReport:
+    shares = {"off": 0.75, "4_2_8": 0.25}
+    bucket = BucketReport(
+        arm_shares=shares,
+        best=TREE,
+        tokens_per_second=120.0,
+        gain=1.5,
+        predicted_gain=1.4,
+        arm_gains={"off": 1.0},
+        believed_gains={"off": 1.0, "4_2_8": 2.0},
+    )
+    return BanditReport(
         num_decisions=8,
         explore_share=0.25,
-        arm_shares={"off": 0.75, "4_2_8": 0.25},
-        best_arms={"2-4": BestArm(strategy=TREE, tokens_per_second=120.0)},
+        arm_shares=shares,
+        gain=1.5,
+        regret_share=0.01,
+        regret_s=3.0,
+        buckets={"2-4": bucket},
     )
-    assert report_scalars(report) == {
+
+
+def test_report_s_scalars_are_named_by_strategy_and_bucket() -> None:
+    assert report_scalars(report_of_one_bucket()) == {
         "bandit/decisions": 8.0,
         "bandit/explore_share": 0.25,
+        "bandit/gain": 1.5,
+        "bandit/regret_share": 0.01,
+        "bandit/regret_s": 3.0,
         "bandit/arm_share_off": 0.75,
         "bandit/arm_share_4_2_8": 0.25,
         "bandit/tokens_per_s_batch_2-4": 120.0,
+        "bandit/gain_batch_2-4": 1.5,
+        "bandit/predicted_gain_batch_2-4": 1.4,
         "bandit/best_verify_tokens_batch_2-4": 8.0,
+        "bandit_shares/batch_2-4/off": 0.75,
+        "bandit_shares/batch_2-4/4_2_8": 0.25,
     }
+
+
+def test_a_gain_that_was_not_predicted_has_no_scalar() -> None:
+    report = report_of_one_bucket()
+    bucket = dataclasses.replace(report.buckets["2-4"], predicted_gain=None)
+    scalars = report_scalars(dataclasses.replace(report, buckets={"2-4": bucket}))
+    assert "bandit/predicted_gain_batch_2-4" not in scalars
 
 
 def test_learned_arms_are_refused_without_a_drafter(tmp_path: Path) -> None:

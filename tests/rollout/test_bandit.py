@@ -452,9 +452,17 @@ def test_reseeding_makes_choices_a_function_of_seed_and_step() -> None:
     assert chosen != [first.select(1, 10) for _ in range(50)]
 
 
-def test_report_gives_shares_and_best_arms_of_hand_worked_steps() -> None:
+def test_report_gives_shares_and_gains_of_hand_worked_steps() -> None:
+    """Plain steps of two rows take 0.02 s. A first step of an arm does not count: nothing is usual.
+
+    Of the tree's four, which usually take 0.02 s too, those of 3 and 4 tokens a row count whole and
+    the slow one for three times the usual: 18 tokens in 0.02 + 0.06 + 0.02 s. Beside them one of
+    `off`: 2 tokens in 0.02 s. For these 20 tokens `off` would have needed 0.2 s, 0.12 s were spent.
+    """
     bandit = EpsilonGreedy(["4_2_8"], epsilon=0, min_tries=1)
     assert bandit.report().arm_shares == {"off": 0.0, "4_2_8": 0.0}
+    assert bandit.report().gain == 1
+    bandit.record(stats(OFF, [1, 1], 0.02))
     for accept_length, seconds in ((1, 0.02), (3, 0.02), (2, 0.10), (4, 0.02)):
         bandit.record(stats(NARROW, [accept_length, accept_length], seconds))
     bandit.record(stats(OFF, [1, 1], 0.02))
@@ -465,11 +473,16 @@ def test_report_gives_shares_and_best_arms_of_hand_worked_steps() -> None:
     assert report.num_decisions == 4
     assert report.arm_shares == {"off": 0.25, "4_2_8": 0.75}
     assert report.explore_share == 0.25  # batch 70 has no steps yet
-    assert list(report.best_arms) == ["2-4"]
-    assert report.best_arms["2-4"].strategy == NARROW
-    assert report.best_arms["2-4"].tokens_per_second == pytest.approx(200)  # of 100 300 40 400
+    assert list(report.buckets) == ["2-4"]
+    bucket = report.buckets["2-4"]
+    assert bucket.best == NARROW
+    assert bucket.arm_shares == {"off": 0.0, "4_2_8": 1.0}
+    assert bucket.tokens_per_second == pytest.approx(20 / 0.12)
+    assert bucket.arm_gains == pytest.approx({"off": 1.0, "4_2_8": 0.18 / 0.10})
+    assert report.gain == bucket.gain == pytest.approx(0.20 / 0.12)
     bandit.start_period()
     assert bandit.report().num_decisions == 0
+    assert bandit.report().gain == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import statistics
 import pytest
 
 from fastrl.rollout.bandit import EpsilonGreedy
-from fastrl.rollout.bandit_base import Bandit, _Window
+from fastrl.rollout.bandit_base import Bandit
+from fastrl.rollout.bandit_windows import _Window
 from fastrl.types import OFF, DraftStrategy, StepStats
 
 TREE = DraftStrategy.parse("4_2_8")
