@@ -193,9 +193,8 @@ def test_text_survives_its_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_every_digit_is_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """And none takes a part of the spaces before it."""
     tokens = tokenizer("12 +    3456=7", add_special_tokens=False).input_ids
-    assert [tokenizer.decode(token) for token in tokens] == [
-        *("1", "2", " +", "    ", "3", "4", "5", "6", "=", "7")
-    ]
+    pieces = [tokenizer.decode(token) for token in tokens]
+    assert pieces == ["1", "2", " +", "    ", "3", "4", "5", "6", "=", "7"]
 
 
 def byte_characters() -> dict[int, str]:
