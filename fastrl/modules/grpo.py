@@ -23,7 +23,8 @@ class GRPO(PolicyModule):
     """Group-relative policy optimization.
 
     Args:
-        model_path: Folder of the Hugging Face model to train (and of the KL reference).
+        model_path: Hugging Face folder of the model to train (and of the KL reference); or a
+            `.gguf` file, or `package:NAME` for the GGUF file in a Python package.
         clip_low: Probability ratios below 1 - clip_low are not pushed further down.
         clip_high: Probability ratios above 1 + clip_high are not pushed further up.
         normalize_std: Divide a group's centered rewards by their standard deviation (false:

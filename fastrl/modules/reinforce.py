@@ -20,7 +20,8 @@ class Reinforce(PolicyModule):
     """Policy gradient with one optimizer step a rollout batch.
 
     Args:
-        model_path: Folder of the Hugging Face model to train (and of the KL reference).
+        model_path: Hugging Face folder of the model to train (and of the KL reference); or a
+            `.gguf` file, or `package:NAME` for the GGUF file in a Python package.
         baseline: Mean reward of the batch (batch_mean), or of the group's other responses
             (leave_one_out).
         kwargs: What every algorithm takes; num_epochs and num_mini_batches must stay 1.
