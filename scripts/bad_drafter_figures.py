@@ -1,0 +1,239 @@
+"""What the decode steps of bench_bad_drafter.py show: paces against plain decoding, verdicts.
+
+A step that emitted n tokens from b live rows is held against n / b plain steps at b rows, since
+batches shrink differently under speculation. Wall times decide; the same with each step counted as
+the median of its strategy at its live batch shows what a noisy machine hides. Leaves out how steps
+are made.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy
+
+from fastrl.types import StepStats
+
+GOOD, BAD, RECOVERED = PHASES = ("good", "bad", "recovered")
+
+NUM_GRACE_STEPS = 20
+"""Decode steps in a bucket that a change may cost."""
+TOLERANCE = 0.97
+"""Share of tokens a second that counts as none lost."""
+MIN_JUDGED_STEPS = 20
+"""Fewest steps in a bucket, after those of grace, that a phase is judged by."""
+
+Quartiles = tuple[float | None, float | None, float | None]
+"""First quartile, median, third quartile over rounds, each one round's value; None: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One time through all phases."""
+
+    steps: Mapping[str, Sequence[StepStats]]
+    """The bandit's, by phase."""
+    off_steps: Sequence[StepStats]
+    """Plain decoding's of the same rollouts, interleaved."""
+    alarm_step: int | None
+    """Step of the bad phase at which the bandit noticed by itself."""
+    exclusion_step: int | None
+    """Step of the bad phase at which the health check excluded the drafter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketOfRound:
+    """What one round shows of a bucket."""
+
+    num_bad_steps: int
+    """Decode steps of the bucket in the bad phase."""
+    good_ratio: float
+    """Tokens a second to plain decoding's on the same tokens, before the swap."""
+    back_ratio: float
+    """The same while the drafter is bad, steps of grace left out."""
+    back_ratio_of_medians: float
+    """The same, each step counted as the median of its strategy at its live batch."""
+    steps_until_back: int | None
+    """Steps after which the rest of the phase is within 3% of plain decoding (of medians)."""
+    speculation_share: float
+    """Steps of the bad phase that speculate all the same, steps of grace left out."""
+    lost_seconds: float
+    """What the steps of grace took longer than plain decoding."""
+    recovery: float
+    """Tokens a second of the recovered phase, steps of grace left out, relative to the good."""
+    recovery_of_medians: float
+    """The same, of medians."""
+    steps_until_recovered: int | None
+    """Steps after which the rest of the phase is within 3% of the good one (of medians)."""
+    alarm_step: int | None
+    """As the round's."""
+    exclusion_step: int | None
+    """As the round's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A bucket over all rounds that had steps enough in it."""
+
+    scenario: str
+    batch_size: int
+    """Of the engine."""
+    bucket: int
+    """Its smallest live batch."""
+    num_rounds: int
+    is_back: bool
+    """Whether the median round is within 3% of plain decoding after the steps of grace."""
+    is_recovered: bool
+    """Whether it is, once the drafter is good again, within 3% of what it was."""
+    rounds: Mapping[str, Quartiles]
+    """Of each field of `BucketOfRound`."""
+
+
+# -- paces ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Steps in a bucket, and what plain decoding would have taken for their tokens."""
+
+    seconds: Sequence[float]
+    off_seconds: Sequence[float]
+
+    def ratio(self, first: int = 0) -> float:
+        """Tokens a second to plain decoding's, from a step on."""
+        return sum(self.off_seconds[first:]) / sum(self.seconds[first:])
+
+    def steps_until(self, ratio: float) -> int | None:
+        """Fewest steps after which the rest, `MIN_JUDGED_STEPS` or more, has this ratio."""
+        last = len(self.seconds) - MIN_JUDGED_STEPS
+        return next((first for first in range(last + 1) if self.ratio(first) >= ratio), None)
+
+
+def pace(
+    steps: Sequence[StepStats],
+    seconds: Sequence[float],
+    off_seconds: Callable[[int], float],
+) -> Pace:
+    """Of steps that took these seconds, `off_seconds` being of a plain step by live batch."""
+    return Pace(
+        seconds=seconds,
+        off_seconds=[
+            step.num_tokens / step.batch_size * off_seconds(step.batch_size) for step in steps
+        ],
+    )
+
+
+def by_live_batch(
+    steps: Iterable[StepStats], average: Callable[[Sequence[float]], float]
+) -> Callable[[int], float]:
+    """Average seconds of a step by live batch, linear between those that occurred."""
+    seconds: dict[int, list[float]] = {}
+    for step in steps:
+        seconds.setdefault(step.batch_size, []).append(step.seconds)
+    sizes = sorted(seconds)
+    averages = [average(seconds[size]) for size in sizes]
+    return lambda batch_size: float(numpy.interp(batch_size, sizes, averages))
+
+
+def median_seconds(steps: Iterable[StepStats]) -> dict[tuple[str, int], float]:
+    """Of a step, by strategy and live batch."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for step in steps:
+        seconds.setdefault((str(step.strategy), step.batch_size), []).append(step.seconds)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+# -- figures -------------------------------------------------------------------------------------
+
+
+def buckets_of_round(round_: Round, thresholds: Sequence[int]) -> dict[int, BucketOfRound]:
+    """Of each bucket that had steps enough in every phase, by its smallest live batch.
+
+    Args:
+        thresholds: smallest live batch of each bucket, ascending.
+    """
+    off_mean = by_live_batch(round_.off_steps, statistics.fmean)
+    off_median = by_live_batch(round_.off_steps, statistics.median)
+    medians = median_seconds(step for phase in PHASES for step in round_.steps[phase])
+    found = {}
+    for place, bucket in enumerate(thresholds):
+        steps = {
+            phase: [
+                s
+                for s in round_.steps[phase]
+                if bisect_right(thresholds, s.batch_size) - 1 == place
+            ]
+            for phase in PHASES
+        }
+        if min(map(len, steps.values())) < NUM_GRACE_STEPS + MIN_JUDGED_STEPS:
+            continue
+        wall = {
+            phase: pace(some, [step.seconds for step in some], off_mean)
+            for phase, some in steps.items()
+        }
+        usual = {
+            phase: pace(
+                some, [medians[str(step.strategy), step.batch_size] for step in some], off_median
+            )
+            for phase, some in steps.items()
+        }
+        late = steps[BAD][NUM_GRACE_STEPS:]
+        found[bucket] = BucketOfRound(
+            num_bad_steps=len(steps[BAD]),
+            good_ratio=wall[GOOD].ratio(),
+            back_ratio=wall[BAD].ratio(NUM_GRACE_STEPS),
+            back_ratio_of_medians=usual[BAD].ratio(NUM_GRACE_STEPS),
+            steps_until_back=usual[BAD].steps_until(TOLERANCE),
+            speculation_share=sum(not step.strategy.is_off for step in late) / len(late),
+            lost_seconds=sum(wall[BAD].seconds[:NUM_GRACE_STEPS])
+            - sum(wall[BAD].off_seconds[:NUM_GRACE_STEPS]),
+            recovery=wall[RECOVERED].ratio(NUM_GRACE_STEPS) / wall[GOOD].ratio(),
+            recovery_of_medians=usual[RECOVERED].ratio(NUM_GRACE_STEPS) / usual[GOOD].ratio(),
+            steps_until_recovered=usual[RECOVERED].steps_until(TOLERANCE * usual[GOOD].ratio()),
+            alarm_step=round_.alarm_step,
+            exclusion_step=round_.exclusion_step,
+        )
+    return found
+
+
+def figures(
+    scenario: str, batch_size: int, rounds: Sequence[Round], thresholds: Sequence[int]
+) -> list[Figure]:
+    """One for each bucket that any round had steps enough in."""
+    by_round = [buckets_of_round(round_, thresholds) for round_ in rounds]
+    found = []
+    for bucket in thresholds:
+        if not (some := [buckets[bucket] for buckets in by_round if bucket in buckets]):
+            continue
+        spread = {
+            one.name: quartiles([vars(values)[one.name] for values in some])
+            for one in fields(BucketOfRound)
+        }
+        found.append(
+            Figure(
+                scenario=scenario,
+                batch_size=batch_size,
+                bucket=bucket,
+                num_rounds=len(some),
+                is_back=_reaches(spread["back_ratio"], TOLERANCE),
+                is_recovered=_reaches(spread["recovery"], TOLERANCE),
+                rounds=spread,
+            )
+        )
+    return found
+
+
+def quartiles(values: Sequence[float | None]) -> Quartiles:
+    """Values nearest to the quartiles' ranks; None stands last, as never."""
+    ordered = sorted(values, key=lambda value: math.inf if value is None else value)
+    last = len(ordered) - 1
+    return ordered[round(last / 4)], ordered[round(last / 2)], ordered[round(3 * last / 4)]
+
+
+def _reaches(spread: Quartiles, least: float) -> bool:
+    median = spread[1]
+    return median is not None and median >= least
