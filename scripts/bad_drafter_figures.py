@@ -228,10 +228,10 @@ def figures(
 
 
 def quartiles(values: Sequence[float | None]) -> Quartiles:
-    """Values nearest to the quartiles' ranks; None stands last, as never."""
+    """Values at the quartiles' ranks, the lower of two in the middle; None is last, as never."""
     ordered = sorted(values, key=lambda value: math.inf if value is None else value)
     last = len(ordered) - 1
-    return ordered[round(last / 4)], ordered[round(last / 2)], ordered[round(3 * last / 4)]
+    return ordered[last // 4], ordered[last // 2], ordered[last - last // 4]
 
 
 def _reaches(spread: Quartiles, least: float) -> bool:

@@ -1,8 +1,8 @@
 """What a drafter gone bad costs: random weights swapped in mid-run, and the good ones swapped back.
 
-For each batch size a bandit settles on the good drafter. Every round goes on from there through
-three phases of the same rollouts: `good`; `bad`, the drafter's weights replaced by random ones of
-the same means and deviations; `recovered`, the good ones back. Both swaps are made
+In each round a new bandit settles on the good drafter, and goes on from there through three phases
+of the same rollouts: `good`; `bad`, the drafter's weights replaced by random ones of the same means
+and deviations; `recovered`, the good ones back. Both swaps are made
 
 - `silent`: in the middle of a rollout, in place. Neither engine nor bandit is ever told;
 - `in_run`: likewise, but RL steps go by: after every call of the engine the bandit is told, as
@@ -84,7 +84,7 @@ class BadDrafterBench:
     rounds: int = 5
     """Times through all phases, with other random weights each time."""
     settle_calls: int = 4
-    """Calls of the engine with the good drafter before the rounds, which all go on from there."""
+    """Calls of the engine with the good drafter before a round, for a new bandit to settle."""
     phase_calls: int = 2
     """Calls of the engine in a phase."""
     rollouts_per_row: int = 4
@@ -247,13 +247,14 @@ class Subject:
         )
         return [rollout.tokens for rollout in rollouts]
 
-    def settle(self) -> dict[str, Any]:
-        """State of a bandit that knows the good drafter."""
-        bandit = ModelBased(self.bench.strategies)
+    def settle(self, number: int) -> dict[str, Any]:
+        """State of a new bandit once it knows step times and the good drafter."""
+        bandit = ModelBased(self.bench.strategies, seed=number)
         self.engine.strategy_selector = bandit
         self.engine.load_drafter(self.good.items(), version=0)
         for call in range(self.bench.settle_calls):
-            self.generate(bandit, _SETTLING_SEED + self.bench.seed + call)
+            seed = _SETTLING_SEED + self.bench.seed + number * self.bench.settle_calls + call
+            self.generate(bandit, seed)
         return bandit.state_dict()
 
     def play(self, settled: dict[str, Any], scenario: Scenario, number: int) -> Round:
@@ -389,11 +390,14 @@ def run(bench: BadDrafterBench) -> list[Figure]:
             prompts=prompts[:num_prompts],
             good=good,
         )
-        settled = subject.settle()
-        for scenario in bench.scenarios:
-            rounds = [subject.play(settled, scenario, number) for number in range(bench.rounds)]
-            log += [((scenario, batch_size, number), one) for number, one in enumerate(rounds)]
-            for figure in figures(scenario, batch_size, rounds, settled["batch_thresholds"]):
+        rounds: dict[Scenario, list[Round]] = {scenario: [] for scenario in bench.scenarios}
+        for number in range(bench.rounds):
+            settled = subject.settle(number)
+            for scenario, played in rounds.items():
+                played.append(subject.play(settled, scenario, number))
+                log.append(((scenario, batch_size, number), played[-1]))
+        for scenario, played in rounds.items():
+            for figure in figures(scenario, batch_size, played, settled["batch_thresholds"]):
                 print_figure(figure)
                 found.append(figure)
     if bench.json is not None:
