@@ -1,9 +1,9 @@
 """What the decode steps of bench_bad_drafter.py show: paces against plain decoding, verdicts.
 
 A step that emitted n tokens from b live rows is held against n / b plain steps at b rows, since
-batches shrink differently under speculation. Wall times decide; the same with each step counted as
-the median of its strategy at its live batch shows what a noisy machine hides. Leaves out how steps
-are made.
+batches shrink differently under speculation. Wall times decide. On a noisy machine, the same with
+each step counted as the median of its strategy at its live batch, over all rounds and both arms,
+shows what is due to the bandit's choices. Leaves out how steps are made.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 
 import numpy
 
@@ -56,7 +57,7 @@ class BucketOfRound:
     back_ratio: float
     """The same while the drafter is bad, steps of grace left out."""
     back_ratio_of_medians: float
-    """The same, each step counted as the median of its strategy at its live batch."""
+    """The same, each step counted as the median of its strategy at its live batch, all rounds'."""
     steps_until_back: int | None
     """Steps after which the rest of the phase is within 3% of plain decoding (of medians)."""
     speculation_share: float
@@ -139,6 +140,12 @@ def by_live_batch(
     return lambda batch_size: float(numpy.interp(batch_size, sizes, averages))
 
 
+def all_steps(round_: Round) -> Iterator[StepStats]:
+    """The bandit's and plain decoding's."""
+    yield from chain.from_iterable(round_.steps.values())
+    yield from round_.off_steps
+
+
 def median_seconds(steps: Iterable[StepStats]) -> dict[tuple[str, int], float]:
     """Of a step, by strategy and live batch."""
     seconds: dict[tuple[str, int], list[float]] = {}
@@ -150,15 +157,18 @@ def median_seconds(steps: Iterable[StepStats]) -> dict[tuple[str, int], float]:
 # -- figures -------------------------------------------------------------------------------------
 
 
-def buckets_of_round(round_: Round, thresholds: Sequence[int]) -> dict[int, BucketOfRound]:
+def buckets_of_round(
+    round_: Round, pooled: Sequence[StepStats], thresholds: Sequence[int]
+) -> dict[int, BucketOfRound]:
     """Of each bucket that had steps enough in every phase, by its smallest live batch.
 
     Args:
+        pooled: steps of this and other rounds, which medians are of.
         thresholds: smallest live batch of each bucket, ascending.
     """
     off_mean = by_live_batch(round_.off_steps, statistics.fmean)
-    off_median = by_live_batch(round_.off_steps, statistics.median)
-    medians = median_seconds(step for phase in PHASES for step in round_.steps[phase])
+    off_median = by_live_batch((s for s in pooled if s.strategy.is_off), statistics.median)
+    medians = median_seconds(pooled)
     found = {}
     for place, bucket in enumerate(thresholds):
         steps = {
@@ -204,7 +214,8 @@ def figures(
     scenario: str, batch_size: int, rounds: Sequence[Round], thresholds: Sequence[int]
 ) -> list[Figure]:
     """One for each bucket that any round had steps enough in."""
-    by_round = [buckets_of_round(round_, thresholds) for round_ in rounds]
+    pooled = [step for round_ in rounds for step in all_steps(round_)]
+    by_round = [buckets_of_round(round_, pooled, thresholds) for round_ in rounds]
     found = []
     for bucket in thresholds:
         if not (some := [buckets[bucket] for buckets in by_round if bucket in buckets]):

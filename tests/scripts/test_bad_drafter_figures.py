@@ -1,5 +1,7 @@
 """Figures of a drafter gone bad, on made-up steps whose paces are known."""
 
+from dataclasses import replace
+
 import pytest
 from bad_drafter_figures import (
     BAD,
@@ -10,6 +12,7 @@ from bad_drafter_figures import (
     BucketOfRound,
     Pace,
     Round,
+    all_steps,
     buckets_of_round,
     by_live_batch,
     figures,
@@ -37,6 +40,11 @@ def plain(batch_size: int, count: int) -> list[StepStats]:
     return [step(OFF, OFF_SECONDS[batch_size], batch_size) for _ in range(count)]
 
 
+def shown(round_: Round) -> dict[int, BucketOfRound]:
+    """Of the round alone."""
+    return buckets_of_round(round_, list(all_steps(round_)), THRESHOLDS)
+
+
 def made_up(bad: list[StepStats], recovered: list[StepStats]) -> Round:
     """Speculation at twice plain decoding's step time and four tokens a row: a ratio of two."""
     good = [step(TREE, 2 * OFF_SECONDS[size], size, accept=4) for size in (4, 3, 2) * 20]
@@ -51,7 +59,7 @@ def made_up(bad: list[StepStats], recovered: list[StepStats]) -> Round:
 def test_a_step_is_held_against_plain_steps_that_emit_its_tokens_at_its_live_batch():
     """Two tokens a row in a step of plain decoding's time is twice its pace, at any batch."""
     bad = [step(TREE, OFF_SECONDS[size], size, accept=2) for size in (4, 2) * 30]
-    (bucket,) = buckets_of_round(made_up(bad, bad), THRESHOLDS).values()
+    (bucket,) = shown(made_up(bad, bad)).values()
     assert bucket.good_ratio == pytest.approx(2.0)
     assert bucket.back_ratio == pytest.approx(2.0)
     assert bucket.back_ratio_of_medians == pytest.approx(2.0)
@@ -61,15 +69,16 @@ def test_a_step_is_held_against_plain_steps_that_emit_its_tokens_at_its_live_bat
 
 def test_only_steps_after_those_of_grace_are_judged():
     lost = [step(TREE, 0.015, 2) for _ in range(NUM_GRACE_STEPS)]
-    figure = figures("silent", 4, [made_up(lost + plain(2, 40), lost + plain(2, 40))], THRESHOLDS)
-    assert [one.bucket for one in figure] == [2]
-    shown = figure[0].rounds
-    assert shown["back_ratio"][1] == pytest.approx(1.0)
-    assert shown["lost_seconds"][1] == pytest.approx(NUM_GRACE_STEPS * (0.015 - 0.005))
-    assert shown["num_bad_steps"] == (60, 60, 60)
-    assert shown["speculation_share"] == (0, 0, 0)
-    assert shown["recovery"][1] == pytest.approx(0.5)
-    assert (figure[0].is_back, figure[0].is_recovered) == (True, False)
+    lost_and_found = lost + plain(2, 40)
+    (figure,) = figures("silent", 4, [made_up(lost_and_found, lost_and_found)], THRESHOLDS)
+    assert figure.bucket == 2
+    values = figure.rounds
+    assert values["back_ratio"][1] == pytest.approx(1.0)
+    assert values["lost_seconds"][1] == pytest.approx(NUM_GRACE_STEPS * (0.015 - 0.005))
+    assert values["num_bad_steps"] == (60, 60, 60)
+    assert values["speculation_share"] == (0, 0, 0)
+    assert values["recovery"][1] == pytest.approx(0.5)
+    assert (figure.is_back, figure.is_recovered) == (True, False)
     late = lost + plain(2, 40) + [step(TREE, 0.015, 2)] * 2
     assert not figures("silent", 4, [made_up(late, late)], THRESHOLDS)[0].is_back
 
@@ -91,17 +100,28 @@ def test_steps_until_back_are_the_fewest_whose_rest_is_back():
 def test_a_hiccup_shows_in_wall_time_and_not_in_medians():
     bad = plain(2, 60)
     bad[40] = step(OFF, 0.5, 2)
-    bucket = buckets_of_round(made_up(bad, bad), THRESHOLDS)[2]
+    bucket = shown(made_up(bad, bad))[2]
     assert bucket.back_ratio < 0.5
     assert bucket.back_ratio_of_medians == pytest.approx(1.0)
     assert bucket.steps_until_back == 0
 
 
+def test_medians_are_over_rounds_so_that_a_slow_one_counts_no_more_than_its_choices():
+    """In the third round everything takes twice as long; what it chose is what the others did."""
+    bad = [step(TREE, 0.01, 2) for _ in range(20)] + plain(2, 40)
+    rounds = [made_up(bad, bad) for _ in range(3)]
+    slow = [replace(one, seconds=2 * one.seconds) for one in bad]
+    rounds[2] = replace(rounds[2], steps={**rounds[2].steps, BAD: slow, RECOVERED: slow})
+    (figure,) = figures("silent", 4, rounds, THRESHOLDS)
+    assert figure.rounds["back_ratio"] == pytest.approx((0.5, 1.0, 1.0))
+    assert figure.rounds["back_ratio_of_medians"] == pytest.approx((1.0, 1.0, 1.0))
+
+
 def test_a_bucket_with_few_steps_in_a_phase_is_not_judged():
     enough = NUM_GRACE_STEPS + MIN_JUDGED_STEPS
-    assert 2 in buckets_of_round(made_up(plain(3, enough), plain(4, enough)), THRESHOLDS)
+    assert 2 in shown(made_up(plain(3, enough), plain(4, enough)))
     few = made_up(plain(3, enough) + plain(1, enough), plain(4, enough - 1) + plain(1, enough))
-    assert not buckets_of_round(few, THRESHOLDS)
+    assert not shown(few)
     assert figures("silent", 4, [few], THRESHOLDS) == []
 
 
