@@ -1,4 +1,4 @@
-"""What the decode steps of bench_bad_drafter.py show: paces against plain decoding, verdicts.
+"""What the decode steps of bench_bad_drafter.py show: paces against plain decoding, and verdicts.
 
 A step that emitted n tokens from b live rows is held against n / b plain steps at b rows, since
 batches shrink differently under speculation. Wall times decide. On a noisy machine, the same with
@@ -26,7 +26,7 @@ NUM_GRACE_STEPS = 20
 TOLERANCE = 0.97
 """Share of tokens a second that counts as none lost."""
 MIN_JUDGED_STEPS = 20
-"""Fewest steps in a bucket, after those of grace, that a phase is judged by."""
+"""Steps in a bucket that a pace is taken over, at the least."""
 
 Quartiles = tuple[float | None, float | None, float | None]
 """First quartile, median, third quartile over rounds, each one round's value; None: never."""
@@ -59,7 +59,7 @@ class BucketOfRound:
     back_ratio_of_medians: float
     """The same, each step counted as the median of its strategy at its live batch, all rounds'."""
     steps_until_back: int | None
-    """Steps after which the rest of the phase is within 3% of plain decoding (of medians)."""
+    """Steps before the first 20 on end within 3% of plain decoding (of medians)."""
     speculation_share: float
     """Steps of the bad phase that speculate all the same, steps of grace left out."""
     lost_seconds: float
@@ -69,7 +69,7 @@ class BucketOfRound:
     recovery_of_medians: float
     """The same, of medians."""
     steps_until_recovered: int | None
-    """Steps after which the rest of the phase is within 3% of the good one (of medians)."""
+    """Steps before the first 20 on end within 3% of the good phase (of medians)."""
     alarm_step: int | None
     """As the round's."""
     exclusion_step: int | None
@@ -104,14 +104,14 @@ class Pace:
     seconds: Sequence[float]
     off_seconds: Sequence[float]
 
-    def ratio(self, first: int = 0) -> float:
-        """Tokens a second to plain decoding's, from a step on."""
-        return sum(self.off_seconds[first:]) / sum(self.seconds[first:])
+    def ratio(self, first: int = 0, last: int | None = None) -> float:
+        """Tokens a second to plain decoding's, from a step on, up to before another."""
+        return sum(self.off_seconds[first:last]) / sum(self.seconds[first:last])
 
     def steps_until(self, ratio: float) -> int | None:
-        """Fewest steps after which the rest, `MIN_JUDGED_STEPS` or more, has this ratio."""
-        last = len(self.seconds) - MIN_JUDGED_STEPS
-        return next((first for first in range(last + 1) if self.ratio(first) >= ratio), None)
+        """Steps before the first `MIN_JUDGED_STEPS` on end that have this ratio."""
+        places = range(len(self.seconds) - MIN_JUDGED_STEPS + 1)
+        return next((k for k in places if self.ratio(k, k + MIN_JUDGED_STEPS) >= ratio), None)
 
 
 def pace(
@@ -248,3 +248,54 @@ def quartiles(values: Sequence[float | None]) -> Quartiles:
 def _reaches(spread: Quartiles, least: float) -> bool:
     median = spread[1]
     return median is not None and median >= least
+
+
+# -- output --------------------------------------------------------------------------------------
+
+_COLUMNS = {
+    "bad steps": ("num_bad_steps", "{:.0f}"),
+    "good/off": ("good_ratio", "{:.2f}"),
+    "bad/off": ("back_ratio", "{:.3f}"),
+    "(medians)": ("back_ratio_of_medians", "{:.3f}"),
+    "after": ("steps_until_back", "{:.0f}"),
+    "lost s": ("lost_seconds", "{:.3f}"),
+    "speculates": ("speculation_share", "{:.3f}"),
+    "alarm": ("alarm_step", "{:.0f}"),
+    "excluded": ("exclusion_step", "{:.0f}"),
+    "recovery": ("recovery", "{:.3f}"),
+    "(medians) ": ("recovery_of_medians", "{:.3f}"),
+    "after ": ("steps_until_recovered", "{:.0f}"),
+}
+"""Printed: field of `BucketOfRound`, format."""
+_WITH_SPREAD = ("bad/off", "recovery")
+
+
+def print_header() -> None:
+    """Of the lines that `print_figure` prints."""
+    print("medians over rounds, [quartiles]; after: steps until 20 on end are within 3%; -: never")
+    names = (f"{name:>{_width(name)}}" for name in _COLUMNS)
+    print(f"{'swap':>9} {'batch':>5} {'bucket':>6} {'rounds':>6} ", *names, " back, recovered")
+
+
+def print_figure(figure: Figure) -> None:
+    """A line."""
+    cells = []
+    for name, (key, form) in _COLUMNS.items():
+        low, median, high = (
+            "-" if value is None else form.format(value) for value in figure.rounds[key]
+        )
+        text = f"{median} [{low}, {high}]" if name in _WITH_SPREAD else median
+        cells.append(f"{text:>{_width(name)}}")
+    verdict = ", ".join(
+        "yes" if is_met else "NO" for is_met in (figure.is_back, figure.is_recovered)
+    )
+    print(
+        f"{figure.scenario:>9} {figure.batch_size:>5} {figure.bucket:>6} {figure.num_rounds:>6} ",
+        *cells,
+        f" {verdict}",
+        flush=True,
+    )
+
+
+def _width(name: str) -> int:
+    return 20 if name in _WITH_SPREAD else max(len(name), 5)

@@ -38,7 +38,16 @@ from typing import Any, Literal
 import jsonargparse
 import torch
 import yaml
-from bad_drafter_figures import BAD, GOOD, PHASES, Figure, Round, figures
+from bad_drafter_figures import (
+    BAD,
+    GOOD,
+    PHASES,
+    Figure,
+    Round,
+    figures,
+    print_figure,
+    print_header,
+)
 from bench_rollout import Bench, Responses, load_prompts, load_weights, num_rollouts, print_machine
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -310,54 +319,6 @@ def check_tokens(ours: Responses, off: Responses, where: str) -> None:
 # -- output --------------------------------------------------------------------------------------
 
 _STEP_COLUMNS = ("swap", "engine", "round", "phase", "live_batch", "strategy", "tokens", "seconds")
-
-_COLUMNS = {
-    "bad steps": ("num_bad_steps", "{:.0f}"),
-    "good/off": ("good_ratio", "{:.2f}"),
-    "bad/off": ("back_ratio", "{:.3f}"),
-    "(medians)": ("back_ratio_of_medians", "{:.3f}"),
-    "after": ("steps_until_back", "{:.0f}"),
-    "lost s": ("lost_seconds", "{:.3f}"),
-    "speculates": ("speculation_share", "{:.3f}"),
-    "alarm": ("alarm_step", "{:.0f}"),
-    "excluded": ("exclusion_step", "{:.0f}"),
-    "recovery": ("recovery", "{:.3f}"),
-    "(medians) ": ("recovery_of_medians", "{:.3f}"),
-    "after ": ("steps_until_recovered", "{:.0f}"),
-}
-"""Printed: field of `BucketOfRound`, format."""
-_WITH_SPREAD = ("bad/off", "recovery")
-
-
-def print_header() -> None:
-    """Of the lines that `print_figure` prints."""
-    print("medians over rounds, [quartiles]; 'after' so many steps of the bucket; - is never")
-    names = (f"{name:>{_width(name)}}" for name in _COLUMNS)
-    print(f"{'swap':>9} {'batch':>5} {'bucket':>6} {'rounds':>6} ", *names, " back, recovered")
-
-
-def print_figure(figure: Figure) -> None:
-    """A line."""
-    cells = []
-    for name, (key, form) in _COLUMNS.items():
-        low, median, high = (
-            "-" if value is None else form.format(value) for value in figure.rounds[key]
-        )
-        text = f"{median} [{low}, {high}]" if name in _WITH_SPREAD else median
-        cells.append(f"{text:>{_width(name)}}")
-    verdict = ", ".join(
-        "yes" if is_met else "NO" for is_met in (figure.is_back, figure.is_recovered)
-    )
-    print(
-        f"{figure.scenario:>9} {figure.batch_size:>5} {figure.bucket:>6} {figure.num_rounds:>6} ",
-        *cells,
-        f" {verdict}",
-        flush=True,
-    )
-
-
-def _width(name: str) -> int:
-    return 20 if name in _WITH_SPREAD else max(len(name), 5)
 
 
 def write_steps(writer: Any, key: Sequence[object], round_: Round) -> None:

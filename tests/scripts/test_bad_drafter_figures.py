@@ -83,17 +83,14 @@ def test_only_steps_after_those_of_grace_are_judged():
     assert not figures("silent", 4, [made_up(late, late)], THRESHOLDS)[0].is_back
 
 
-def test_steps_until_back_are_the_fewest_whose_rest_is_back():
+def test_steps_until_back_are_those_before_the_first_stretch_that_is_back():
     seconds = [3.0, 1.5, 1.0, 2.0, *[1.0] * 30, 1.1, 1.2]
     pace = Pace(seconds=seconds, off_seconds=[1.0] * len(seconds))
-    for ratio in (0.8, 0.97, 0.995):
-        expected = None
-        for first in reversed(range(len(seconds) - MIN_JUDGED_STEPS + 1)):
-            if (len(seconds) - first) / sum(seconds[first:]) >= ratio:
-                expected = first
-        assert pace.steps_until(ratio) == expected
-    assert pace.steps_until(0.8) == 0
-    assert pace.steps_until(0.995) is None
+    by_hand = {0.8: 0, 0.9: 1, 0.97: 4, 1.0: 4, 1.01: None}
+    for ratio, expected in by_hand.items():
+        stretches = [seconds[k : k + 20] for k in range(len(seconds)) if k + 20 <= len(seconds)]
+        back = [k for k, stretch in enumerate(stretches) if 20 / sum(stretch) >= ratio]
+        assert pace.steps_until(ratio) == (min(back) if back else None) == expected
     assert Pace(seconds=[1.0], off_seconds=[1.0]).steps_until(0.97) is None
 
 

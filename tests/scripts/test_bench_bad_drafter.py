@@ -42,7 +42,7 @@ def tiny(**changes: object) -> BadDrafterBench:
         "rollouts_per_row": 1,
         "min_rollouts": 4,
         "num_samples": 2,
-        "sampling": SamplingParams(max_tokens=120, ignore_eos=True),
+        "sampling": SamplingParams(max_tokens=60, ignore_eos=True),
         "num_threads": 1,
     }
     return BadDrafterBench(**{**settings, **changes})
@@ -220,12 +220,12 @@ def test_the_whole_in_miniature(tmp_path, capsys):
     assert list(dict.fromkeys(phases)) == [GOOD, BAD, RECOVERED, "off"]
     off = [line for line in lines if line["phase"] == "off"]
     assert {line["strategy"] for line in off} == {"off"}
-    # Speculation or not, 4 rollouts of 120 tokens, of which decode steps emit all but the first.
+    # Speculation or not, 4 rollouts of 60 tokens, of which decode steps emit all but the first.
     for swap in ("silent", "in_run", "published"):
         ours = [line for line in lines if line["swap"] == swap]
         for is_off in (True, False):
             tokens = [int(line["tokens"]) for line in ours if (line["phase"] == "off") == is_off]
-            assert sum(tokens) == 3 * 4 * 119
+            assert sum(tokens) == 3 * 4 * 59
     assert len(capsys.readouterr().out.splitlines()) == 4 + len(found)
 
 
