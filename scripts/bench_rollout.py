@@ -326,13 +326,17 @@ def draw(figures: Iterable[Figure], path: Path) -> None:
     pyplot.close(canvas)
 
 
-def describe(bench: Bench) -> None:
+def print_machine(bench: Bench) -> None:
     """The machine and the command, for whoever reads the figures."""
     device = platform.processor() or platform.machine()
     if bench.device.startswith("cuda"):
         device = torch.cuda.get_device_name(bench.device)
     print(f"$ python {shlex.join(sys.argv)}")
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {bench.dtype}")
+
+
+def print_header() -> None:
+    """Of the lines that `measure` prints."""
     header = ("batch", "arm", "tokens/s", "ratio", "[quartiles]", "accept", "differ")
     print("{:>5} {:>14} {:>9} {:>7} {:>12} {:>7} {:>6}".format(*header))
 
@@ -347,7 +351,8 @@ def run(bench: Bench) -> list[Figure]:
         DraftStrategy.parse(name).drafter == "learned" for name in fixed_strategies(bench)
     ):
         raise ValueError("strategies of a learned drafter need --drafter; leave them out of --arms")
-    describe(bench)
+    print_machine(bench)
+    print_header()
     figures: list[Figure] = []
     for batch_size in bench.batch_sizes:
         arms = make_arms(bench, batch_size, model, drafter, bandit)
