@@ -153,15 +153,17 @@ def report_scalars(report: BanditReport) -> dict[str, float]:
     scalars = {
         "bandit/decisions": float(report.num_decisions),
         "bandit/explore_share": report.explore_share,
-        "bandit/gain": report.gain,
         "bandit/regret_share": report.regret_share,
         "bandit/regret_s": report.regret_s,
     }
+    if report.gain is not None:
+        scalars["bandit/gain"] = report.gain
     for strategy, share in report.arm_shares.items():
         scalars[f"bandit/arm_share_{strategy}"] = share
     for name, bucket in report.buckets.items():
         scalars[f"bandit/tokens_per_s_batch_{name}"] = bucket.tokens_per_second
-        scalars[f"bandit/gain_batch_{name}"] = bucket.gain
+        if bucket.gain is not None:
+            scalars[f"bandit/gain_batch_{name}"] = bucket.gain
         if bucket.predicted_gain is not None:
             scalars[f"bandit/predicted_gain_batch_{name}"] = bucket.predicted_gain
         scalars[f"bandit/best_verify_tokens_batch_{name}"] = float(bucket.best.verify_tokens)

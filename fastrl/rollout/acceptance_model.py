@@ -33,6 +33,8 @@ _MAX_ROWS = 4000.0
 """Older rows fade beyond these."""
 _CORRECTION_ROWS = 60.0
 """Rows that a strategy's correction of 1 counts for."""
+_FEWEST_ROWS_TO_CORRECT = 64.0
+"""Rows behind the estimate, from which on what it misses is the strategy's."""
 _MOST_RELATIVE_DEVIATION = 0.6
 """Of one row's accept length, against its mean; a tree ends where a geometric length would not."""
 _CORRECTION_DEVIATION = 0.02
@@ -42,8 +44,13 @@ _ODDS_CHANGE = 4.0
 _ALARM = 8.0
 """Cumulative log-likelihood ratio."""
 _RECENT_STEPS = 8
-_NOTICED_ROWS = 32.0
+_NOTICED_ROWS = 8.0
 """Most that older rows count for after a notice of change."""
+_DOUBT_DEVIATION = 0.4
+"""Of the logarithm of accept lengths, after a notice and before any step: a drafter that was poor
+may have become a good one, however sure its poverty was."""
+_DOUBT_ROWS = 8.0
+"""Rows that leave a third of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +101,16 @@ class AcceptanceModel:
         topk = max(strategy.topk for strategy in strategies)
         self._offered = [[0.0] * topk for _ in range(depth)]
         self._accepted = [[0.0] * topk for _ in range(depth)]
-        self._rows = dict.fromkeys(strategies, 0.0)
-        self._tokens = dict.fromkeys(strategies, 0.0)  # over those rows
+        # Of each strategy's steps: rows, tokens, and tokens as they were modelled.
+        self._own = {strategy: [0.0, 0.0, 0.0] for strategy in strategies}
+        self._modelled = dict.fromkeys(strategies, 1.0)  # accept lengths, by the last look
         self._first_prior = [
             _FIRST_RANK_PRIOR,
             *(_OTHER_RANKS_PRIOR / rank for rank in range(1, topk)),
         ]
         self._recent: deque[StepStats] = deque(maxlen=_RECENT_STEPS)
         self._changes = [_Change(1 / _ODDS_CHANGE), _Change(_ODDS_CHANGE)]
+        self._doubt = 0.0
         self.num_alarms = 0
         """Changes noticed without notice."""
 
@@ -115,6 +124,10 @@ class AcceptanceModel:
         self._recent.append(stats)
         hits = sum(stats.accepted_by_rank[0])
         chance = sum(self._first_probabilities()[: stats.strategy.topk])
+        if self.num_rows >= _FEWEST_ROWS_TO_CORRECT:
+            own, rows = self._own[stats.strategy], stats.batch_size
+            modelled = rows * self._modelled[stats.strategy]
+            own[:] = own[0] + rows, own[1] + stats.num_tokens, own[2] + modelled
         self._add(stats)
         for change in self._changes:
             change.record(stats.batch_size, hits, chance)
@@ -129,6 +142,7 @@ class AcceptanceModel:
         return _drawn_towards(self._offered[0], self._accepted[0], self._first_prior, _PRIOR_ROWS)
 
     def _add(self, stats: StepStats) -> None:
+        self._doubt *= math.exp(-stats.batch_size / _DOUBT_ROWS)
         for depth, (offered, accepted) in enumerate(
             zip(stats.offered_by_rank, stats.accepted_by_rank, strict=True)
         ):
@@ -136,8 +150,6 @@ class AcceptanceModel:
                 if num_offered:
                     self._offered[depth][rank] += num_offered
                     self._accepted[depth][rank] += num_accepted
-        self._rows[stats.strategy] += stats.batch_size
-        self._tokens[stats.strategy] += stats.num_tokens
 
     def _start_anew(self, num_steps: int) -> None:
         """From the steps since the change alone, as far as they are at hand."""
@@ -148,12 +160,12 @@ class AcceptanceModel:
             change.clear()
 
     def discount(self, keep: float) -> None:
-        """Let all that was seen count for the share `keep` of what it did."""
+        """Let all that was seen of the drafter count for the share `keep` of what it did.
+
+        What a strategy's trees yield beyond the model is a matter of their shape, and stays.
+        """
         for counts in (*self._offered, *self._accepted):
             counts[:] = [keep * count for count in counts]
-        for strategy in self._strategies:
-            self._rows[strategy] *= keep
-            self._tokens[strategy] *= keep
 
     def take_notice(self, keep: float) -> None:
         """Policy or drafter changed: older rows count for the share `keep`, and never for many.
@@ -161,6 +173,7 @@ class AcceptanceModel:
         However sure it was of a drafter, a new one is tried again.
         """
         self.discount(min(keep, _NOTICED_ROWS / max(self.num_rows, 1.0)))
+        self._doubt = _DOUBT_DEVIATION
         for change in self._changes:
             change.clear()
 
@@ -168,6 +181,9 @@ class AcceptanceModel:
         """Let the oldest rows fade where there are more than matter."""
         if self.num_rows > _MAX_ROWS:
             self.discount(_MAX_ROWS / self.num_rows)
+        for own in self._own.values():
+            if own[0] > _MAX_ROWS:
+                own[:] = [_MAX_ROWS / own[0] * count for count in own]
 
     def probabilities(self) -> list[list[float]]:
         """[depth][rank]: of the target's token being that child, given the path down to it."""
@@ -184,11 +200,12 @@ class AcceptanceModel:
         lengths = {}
         for strategy in self._strategies:
             modelled = static_tree_length(levels, strategy)
-            rows, tokens = self._rows[strategy], self._tokens[strategy]
-            length = (tokens + _CORRECTION_ROWS * modelled) / (rows + _CORRECTION_ROWS)
+            self._modelled[strategy] = modelled
+            rows, tokens, own_modelled = self._own[strategy]
+            prior = _CORRECTION_ROWS * modelled
             lengths[strategy] = AcceptLength(
-                length,
-                relative_deviation / math.sqrt(self.num_rows + 1),
+                modelled * (tokens + prior) / (own_modelled + prior),
+                math.hypot(relative_deviation / math.sqrt(self.num_rows + 1), self._doubt),
                 _CORRECTION_DEVIATION / math.sqrt(1 + rows / _CORRECTION_ROWS),
             )
         return lengths
@@ -198,9 +215,10 @@ class AcceptanceModel:
         return {
             "offered": [list(counts) for counts in self._offered],
             "accepted": [list(counts) for counts in self._accepted],
-            "rows": [self._rows[strategy] for strategy in self._strategies],
-            "tokens": [self._tokens[strategy] for strategy in self._strategies],
+            "own": [list(self._own[strategy]) for strategy in self._strategies],
+            "modelled": [self._modelled[strategy] for strategy in self._strategies],
             "changes": [[change.total, change.num_steps] for change in self._changes],
+            "doubt": self._doubt,
             "num_alarms": self.num_alarms,
             "recent": [_plain(stats) for stats in self._recent],
         }
@@ -209,10 +227,11 @@ class AcceptanceModel:
         """Take what `state_dict` gave."""
         self._offered = [list(counts) for counts in state["offered"]]
         self._accepted = [list(counts) for counts in state["accepted"]]
-        self._rows = dict(zip(self._strategies, state["rows"], strict=True))
-        self._tokens = dict(zip(self._strategies, state["tokens"], strict=True))
+        self._own = dict(zip(self._strategies, map(list, state["own"]), strict=True))
+        self._modelled = dict(zip(self._strategies, state["modelled"], strict=True))
         for change, (total, num_steps) in zip(self._changes, state["changes"], strict=True):
             change.total, change.num_steps = total, num_steps
+        self._doubt = state["doubt"]
         self.num_alarms = state["num_alarms"]
         self._recent = deque(map(_stats, state["recent"]), maxlen=_RECENT_STEPS)
 

@@ -47,12 +47,12 @@ class BucketReport:
     """The arm believed to be the fastest."""
     tokens_per_second: float
     """Of the whole batch together."""
-    gain: float
-    """Measured, over all steps, those of `off` included."""
+    gain: float | None
+    """Measured, over all steps, those of `off` included; None where most were not."""
     predicted_gain: float | None
     """Of the arms that were run, as believed before the period; None where nothing was known."""
     arm_gains: Mapping[str, float]
-    """Measured, by strategy that was run."""
+    """Measured, by strategy that was run, next to `off` at least a few times."""
     believed_gains: Mapping[str, float]
     """Of every strategy that may run and whose step time is known, at the period's mean batch."""
 
@@ -66,7 +66,7 @@ class BanditReport:
     """Share of decisions made to learn: first tries, control steps and random ones; 0 without."""
     arm_shares: Mapping[str, float]
     """Share of decisions by strategy, every arm named; 0 with no decision."""
-    gain: float
+    gain: float | None
     """Measured over all steps: seconds that `off` would have needed over seconds taken."""
     regret_share: float
     """Share of the period's decode time lost against each bucket's best arm, as now believed."""

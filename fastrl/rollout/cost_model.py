@@ -3,7 +3,8 @@
 The profile is a curve over batch sizes, measured before the first rollout, or, without that, made
 of the first steps themselves. Each bucket of batch sizes tracks the ratio of measured to profiled
 seconds as a median over the last steps, so that hiccups do not count and a wrong profile is
-forgotten within a few steps; it also follows growing contexts.
+forgotten within a few steps; it also follows growing contexts. A bucket without steps has the ratio
+of the others.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Collection
 from typing import Any
 
 _WINDOW = 31
-_PROFILE_DEVIATION = 0.06
-"""Relative, of a profiled time that no step has confirmed."""
+_PROFILE_DEVIATION = 0.08
+"""Relative, of a profiled time that no step has confirmed: wide enough to have arms tried that are
+not much worse."""
+_STEP_DEVIATION = 0.06
 
 
 class CostModel:
@@ -31,6 +34,7 @@ class CostModel:
         self._curve: dict[int, float] = {}  # values between the profile's points, as asked for
         self._ratios = [deque[float](maxlen=_WINDOW) for _ in range(num_buckets)]
         self._medians = [1.0] * num_buckets
+        self._usual_ratio = 1.0  # of all buckets with steps
 
     def covers(self, batch_size: int) -> bool:
         """Whether the curve reaches this batch size."""
@@ -53,13 +57,15 @@ class CostModel:
             self.add_profile(batch_size, seconds)
         ratios = self._ratios[bucket]
         if not ratios:
-            ratios.append(1.0)  # the profile's vote
+            ratios.append(self._usual_ratio)  # the profile's vote
         ratios.append(seconds / self._profiled(batch_size))
         self._medians[bucket] = _median_low(ratios)
+        self._learn_usual_ratio()
 
     def seconds(self, bucket: int, batch_size: int) -> float:
         """Expected of a step."""
-        return self._profiled(batch_size) * self._medians[bucket]
+        ratio = self._medians[bucket] if self._ratios[bucket] else self._usual_ratio
+        return self._profiled(batch_size) * ratio
 
     def num_steps(self, bucket: int) -> int:
         """Steps that its ratio is a median of."""
@@ -67,7 +73,13 @@ class CostModel:
 
     def deviation(self, bucket: int) -> float:
         """Standard deviation of the logarithm of `seconds`."""
-        return _PROFILE_DEVIATION / math.sqrt(1 + len(self._ratios[bucket]))
+        if not self._ratios[bucket]:
+            return _PROFILE_DEVIATION
+        return _STEP_DEVIATION / math.sqrt(len(self._ratios[bucket]))
+
+    def _learn_usual_ratio(self) -> None:
+        medians = [m for m, ratios in zip(self._medians, self._ratios, strict=True) if ratios]
+        self._usual_ratio = _median_low(medians) if medians else 1.0
 
     def _profiled(self, batch_size: int) -> float:
         """The curve: linear between its points, level before the first, as steep as the last two
@@ -98,6 +110,7 @@ class CostModel:
         self._curve.clear()
         self._ratios = [deque(ratios, maxlen=_WINDOW) for ratios in state["ratios"]]
         self._medians = [_median_low(ratios) if ratios else 1.0 for ratios in self._ratios]
+        self._learn_usual_ratio()
 
 
 def _median_low(values: Collection[float]) -> float:

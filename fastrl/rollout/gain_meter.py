@@ -4,7 +4,8 @@ The gain of an arm is the tokens that its steps yield a row, times the seconds t
 takes in units of its own. The latter are told from pairs: steps of the two that followed one
 another, at nearly the same batch size, context and load of the machine; bandits run a control step
 of `off` now and then to have such pairs. So neither acceptance lengths, nor other times, nor the
-machine's hiccups pose as a gain. Gains of several arms or buckets are means over the seconds spent.
+machine's hiccups pose as a gain. Gains of several arms or buckets are means over the seconds spent
+on those that have pairs; nothing is said where these are less than half.
 
 Leaves out how times are tracked for choosing (`cost_model.py`, `bandit_windows.py`).
 """
@@ -26,22 +27,17 @@ _LONGEST = 3.0
 class _ArmSums:
     """Of an arm's steps in a bucket."""
 
-    __slots__ = ("num_steps", "seconds", "tokens_per_row", "usual_off")
+    __slots__ = ("num_steps", "seconds", "tokens_per_row")
 
     def __init__(
-        self,
-        num_steps: int = 0,
-        tokens_per_row: float = 0.0,
-        seconds: float = 0.0,
-        usual_off: float = 0.0,
+        self, num_steps: int = 0, tokens_per_row: float = 0.0, seconds: float = 0.0
     ) -> None:
         self.num_steps = num_steps
         self.tokens_per_row = tokens_per_row
         self.seconds = seconds
-        self.usual_off = usual_off  # usual seconds of `off` over the arm's
 
     def as_list(self) -> list[float]:
-        return [self.num_steps, self.tokens_per_row, self.seconds, self.usual_off]
+        return [self.num_steps, self.tokens_per_row, self.seconds]
 
 
 class GainMeter:
@@ -80,7 +76,7 @@ class GainMeter:
     ) -> None:
         """A step, and what it and a step of `off` in its place usually take.
 
-        The latter serve to compare neighbours of different batch sizes, and while pairs are few.
+        The latter serves to compare neighbours of different batch sizes.
         """
         self._add_pair(bucket, arm, seconds / off_seconds)
         self._rows[bucket] += rows
@@ -89,7 +85,6 @@ class GainMeter:
         sums.num_steps += 1
         sums.tokens_per_row += num_tokens / rows
         sums.seconds += min(seconds, _LONGEST * usual_seconds)
-        sums.usual_off += off_seconds / usual_seconds
 
     def _add_pair(self, bucket: int, arm: int, relative_seconds: float) -> None:
         """Seconds are relative to what `off` usually takes at the step's batch size."""
@@ -117,25 +112,25 @@ class GainMeter:
         return self._tokens[bucket] / sum(sums.seconds for sums in self._sums[bucket])
 
     def arm_gains(self, bucket: int) -> dict[int, float]:
-        """By arm run in the bucket this period: tokens a second over those of `off`."""
+        """By arm run in the bucket this period and paired: tokens a second over those of `off`."""
         gains = {}
         for arm, sums in enumerate(self._sums[bucket]):
-            if sums.num_steps:
-                pairs = self._pairs[bucket][arm]
-                is_paired = len(pairs) >= _FEWEST_PAIRS
-                off = statistics.median(pairs) if is_paired else sums.usual_off / sums.num_steps
+            pairs = self._pairs[bucket][arm]
+            if sums.num_steps and (arm == 0 or len(pairs) >= _FEWEST_PAIRS):
+                off = statistics.median(pairs) if arm else 1.0
                 gains[arm] = off * sums.tokens_per_row / sums.num_steps
         return gains
 
-    def gain(self, buckets: Sequence[int]) -> float:
-        """Over all the period's steps in such buckets; 1 without any."""
-        spent = needed = 0.0
+    def gain(self, buckets: Sequence[int]) -> float | None:
+        """Over the period's steps in these buckets; None if less than half of it was measured."""
+        spent = needed = total = 0.0
         for bucket in buckets:
+            total += sum(sums.seconds for sums in self._sums[bucket])
             for arm, gain in self.arm_gains(bucket).items():
                 seconds = self._sums[bucket][arm].seconds
                 spent += seconds
                 needed += seconds * gain
-        return needed / spent if spent else 1.0
+        return needed / spent if spent > total / 2 else None
 
     def expected_gain(self, bucket: int, arm_gains: Mapping[int, float]) -> float | None:
         """What the period's seconds in a bucket would have gained by these gains of the arms.

@@ -40,9 +40,9 @@ are tried again."""
 _PROFILED_CONTEXT = 128
 _CONTROL_STEPS = 200
 """Decisions in a bucket, one of which at least is for `off`."""
-_FIRST_CONTROL_STEPS = 20
-"""The same until `off` has had so many steps there as make a median."""
-_ENOUGH_CONTROLS = 10
+_FIRST_CONTROL_STEPS = 5
+"""The same until `off` has had enough steps there, so that short runs measure their gains too."""
+_ENOUGH_CONTROLS = 4
 _WINNING_DEVIATIONS = 3.5
 """An arm that would have to exceed its mean by so many is not drawn."""
 

@@ -75,13 +75,16 @@ def test_gains_are_as_recomputed_from_the_list_of_steps() -> None:
     assert meter.gain([0, 1]) == pytest.approx(total)
 
 
-def test_while_pairs_are_few_usual_times_stand_in() -> None:
+def test_while_pairs_are_few_nothing_is_said() -> None:
     meter = GainMeter(1, 2)
+    assert meter.gain([0]) is None
     for arm, seconds in ((1, 9.0), (0, 1.0), (1, 9.0)):  # two pairs, of 1 to 9
-        meter.add(0, arm, 2, 6 if arm else 2, seconds, 2.0 if arm else 1.0, 1.0)
-    assert meter.arm_gains(0) == pytest.approx({0: 1.0, 1: 3 / 2})
+        meter.add(0, arm, 2, 6 if arm else 2, seconds, 9.0 if arm else 1.0, 1.0)
+    assert meter.arm_gains(0) == {0: 1.0}
+    assert meter.gain([0]) is None  # 18 of 19 seconds are not compared with any
     meter.add(0, 0, 2, 2, 1.0, 1.0, 1.0)
     assert meter.arm_gains(0) == pytest.approx({0: 1.0, 1: 3 / 9})
+    assert meter.gain([0]) == pytest.approx((2 * 1 + 18 * 3 / 9) / 20)
 
 
 def test_a_restored_meter_goes_on_as_the_saved_one() -> None:
@@ -121,6 +124,7 @@ def test_in_a_world_measured_gains_are_the_true_ones(first: float, batch_size: i
         bandit.start_period()
         true_gain = realised_gain(bandit, world, [batch_size] * 600)
         (bucket,) = bandit.report().buckets.values()
+        assert bucket.gain is not None
         assert bucket.predicted_gain is not None
         measured += bucket.gain / true_gain / 6
         predicted += bucket.predicted_gain / true_gain / 6
@@ -148,7 +152,9 @@ def test_a_machine_that_is_slow_at_times_changes_no_gain(stretch: int) -> None:
         play(bandit, world, [4] * 300)
         bandit.start_period()
         true_gain = realised_gain(bandit, world, [4] * 600)
-        ratio += bandit.report().gain / true_gain / 6
+        gain = bandit.report().gain
+        assert gain is not None
+        ratio += gain / true_gain / 6
     assert ratio == pytest.approx(1, rel=0.08)
 
 
