@@ -12,6 +12,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fastrl.callbacks.step_clock import StepClock
+from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.types import OFF, EngineStats, PolicySource, RolloutBatch
 
 
@@ -35,15 +36,16 @@ class RolloutMetrics(Callback):
         batch: RolloutBatch,
         batch_idx: int,
     ) -> None:
+        rl_step = cast(PolicySource, pl_module).rl_step
         scalars = {
             **rollout_scalars(batch),
-            **acceptance_scalars(batch.stats),
             **{f"time/{phase}": seconds for phase, seconds in batch.timings.items()},
             "time/step": self._clock.lap(),
-            "step": float(cast(PolicySource, pl_module).rl_step),
+            "step": float(rl_step),
         }
         size = len(batch)
         pl_module.log_dict(scalars, on_step=True, on_epoch=False, batch_size=size)
+        log_step_scalars(trainer, acceptance_scalars(batch.stats), rl_step)
         pl_module.log_dict(bar_values(batch), prog_bar=True, logger=False, batch_size=size)
 
 

@@ -164,6 +164,8 @@ class StepCheckpoint(Checkpoint):
                 f"RL step {self._finished_step} left weights that are not finite, first "
                 f"{culprit}; lower model.optimizer.lr, and resume with --ckpt_path last"
             )
+        for logger in trainer.loggers:
+            logger.save()  # what was logged up to here is not logged again
         trainer.save_checkpoint(self._folder / LAST)
         self._saved = (self._finished_step, self._is_validated)
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.callbacks.strategy_heat_map import heat_map
 from fastrl.callbacks.tensorboard import tensorboard_writers
 from fastrl.rollout.bandit import Bandit, BanditReport
@@ -78,8 +79,7 @@ class StrategyAdaptation(Callback):
         source = cast(PolicySource, pl_module)
         report = self.bandit.report()
         self._last_report = (source.rl_step, report)
-        scalars = report_scalars(report) | {"step": float(source.rl_step)}
-        pl_module.log_dict(scalars, on_step=True, on_epoch=False, batch_size=len(batch))
+        log_step_scalars(trainer, report_scalars(report), source.rl_step)
         if self._shared_state is not None:
             self._learn_from_all(self._shared_state)
         if source.policy_version != self._seen_policy_version:

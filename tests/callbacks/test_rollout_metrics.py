@@ -1,11 +1,9 @@
 """What each scalar counts, by hand; that it is logged at its RL step; what a step's time is."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
 
 from fastrl.callbacks.rollout_metrics import (
     RolloutMetrics,
@@ -16,6 +14,7 @@ from fastrl.callbacks.rollout_metrics import (
 from fastrl.callbacks.step_clock import StepClock
 from fastrl.types import EngineStats
 from tests.fake_run import FakePolicy, FakeRollouts, make_batch
+from tests.recording_logger import RecordingLogger
 
 STATS = EngineStats(
     num_tokens=60,
@@ -75,19 +74,8 @@ def test_the_bar_shows_reward_accept_length_and_speed() -> None:
     assert bar_values(make_batch(STATS)) == {"reward": 0.5, "accept": 1.6, "tok/s": 15}
 
 
-class _Recorder(CSVLogger):
-    """Keeps what is logged."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.logged: list[tuple[int | None, dict[str, Any]]] = []
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.logged.append((step, dict(metrics)))
-
-
 def test_scalars_are_logged_at_the_rl_step_not_the_optimizer_step(tmp_path: Path) -> None:
-    recorder = _Recorder(tmp_path)
+    recorder = RecordingLogger(tmp_path)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -103,13 +91,15 @@ def test_scalars_are_logged_at_the_rl_step_not_the_optimizer_step(tmp_path: Path
     assert trainer.global_step == 8
     steps = [step for step, scalars in recorder.logged if "rollout/num_tokens" in scalars]
     assert steps == [1, 2, 3, 4]
-    scalars = recorder.logged[0][1]
+    scalars = next(s for _, s in recorder.logged if "rollout/num_tokens" in s)
     assert scalars["time/rollout"] == 0.5
     assert scalars["time/publish"] == 0.25
     assert scalars["time/reward"] == 0.125
     assert scalars["rollout/accept_length"] == 1.5
     assert scalars["time/step"] > 0
     assert "tok/s" not in scalars
+    steps = [step for step, scalars in recorder.logged if "drafter/accept_depth_1" in scalars]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_the_step_clock_leaves_out_what_ends_with_a_resume() -> None:

@@ -28,6 +28,7 @@ from fastrl.rollout.bandit import (
 )
 from fastrl.rollout.engine import StrategySelector
 from fastrl.types import OFF, DraftStrategy, RolloutBatch, SamplingParams, StepStats
+from tests.recording_logger import RecordingLogger
 
 TREE = DraftStrategy.parse("4_2_8")
 BATCHES = (8, 8, 4, 4, 1, 1, 1, 1, 1, 1)
@@ -53,9 +54,10 @@ class FakeEngine:
         self.strategy_selector: StrategySelector = FixedStrategy()
         self.rank_delay = rank_delay
         self.chosen: list[str] = []
+        self.batches: tuple[int, ...] = BATCHES
 
     def generate(self, rank: int) -> None:
-        for index, batch_size in enumerate(BATCHES):
+        for index, batch_size in enumerate(self.batches):
             strategy = self.strategy_selector.select(batch_size, 9)
             self.chosen.append(str(strategy))
             seconds = 0.01 + 0.001 * index + (0 if strategy.is_off else 0.004 * batch_size)
@@ -105,7 +107,6 @@ class TinyPolicy(LightningModule):
         self.is_frozen = is_frozen
         self.rl_step = 0
         self.policy_version = 0
-        self.metrics: list[dict[str, float]] = []
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> None:
         self.manual_backward(self.weight.sum())
@@ -116,18 +117,14 @@ class TinyPolicy(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
-        self.metrics.append({name: float(value) for name, value in dictionary.items()})
-        super().log_dict(dictionary, *args, **kwargs)
 
-
-def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: Any, logger: Any = False, **options: Any) -> Trainer:
     return Trainer(
         accelerator="cpu",
         max_epochs=1,
         callbacks=list(callbacks),
         default_root_dir=folder,
-        logger=False,
+        logger=logger,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -139,20 +136,40 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
 def test_bandit_chooses_the_engine_s_strategies_and_its_choices_are_logged(tmp_path: Path) -> None:
     engine, policy = FakeEngine(), TinyPolicy()
     callback = StrategyAdaptation(EpsilonGreedy(["4_2_8"], epsilon=0))
-    trainer(tmp_path, callback).fit(policy, FakeRollouts(engine, 6))
+    recorder = RecordingLogger(tmp_path)
+    trainer(tmp_path, callback, logger=recorder).fit(policy, FakeRollouts(engine, 6))
     assert engine.strategy_selector is callback.bandit
-    assert [metrics["step"] for metrics in policy.metrics] == [1, 2, 3, 4, 5, 6]
-    for index, metrics in enumerate(policy.metrics):
+    logged = [(step, metrics) for step, metrics in recorder.logged if "bandit/decisions" in metrics]
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    for index, (_, metrics) in enumerate(logged):
         chosen = engine.chosen[index * len(BATCHES) : (index + 1) * len(BATCHES)]
         assert metrics["bandit/decisions"] == len(BATCHES)
         assert metrics["bandit/arm_share_off"] == chosen.count("off") / len(BATCHES)
         assert metrics["bandit/arm_share_4_2_8"] == chosen.count("4_2_8") / len(BATCHES)
-    assert policy.metrics[0]["bandit/explore_share"] == 1.0
-    last = policy.metrics[-1]
+    assert logged[0][1]["bandit/explore_share"] == 1.0
+    last = logged[-1][1]
     assert last["bandit/explore_share"] == 0
     assert last["bandit/best_verify_tokens_batch_1"] == 8
     assert last["bandit/best_verify_tokens_batch_5-8"] == 1
     assert 3 / 0.024 < last["bandit/tokens_per_s_batch_1"] < 3 / 0.018
+
+
+def test_a_batch_size_that_was_not_met_is_not_logged_anew(tmp_path: Path) -> None:
+    class ShrinkingEngine(FakeEngine):
+        """Its later rollouts have one row from the start."""
+
+        def generate(self, rank: int) -> None:
+            super().generate(rank)
+            self.batches = (1, 1)
+
+    recorder = RecordingLogger(tmp_path)
+    callback = StrategyAdaptation(EpsilonGreedy(["4_2_8"], epsilon=0))
+    run = FakeRollouts(ShrinkingEngine(), 3)
+    trainer(tmp_path, callback, logger=recorder, log_every_n_steps=1).fit(TinyPolicy(), run)
+    tag = "bandit/tokens_per_s_batch_5-8"
+    assert [step for step, metrics in recorder.logged if tag in metrics] == [1]
+    tag = "bandit/tokens_per_s_batch_1"
+    assert [step for step, metrics in recorder.logged if tag in metrics] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
