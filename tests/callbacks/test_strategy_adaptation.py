@@ -156,20 +156,21 @@ def test_bandit_chooses_the_engine_s_strategies_and_its_choices_are_logged(tmp_p
 
 def test_a_batch_size_that_was_not_met_is_not_logged_anew(tmp_path: Path) -> None:
     class ShrinkingEngine(FakeEngine):
-        """Its later rollouts have one row from the start."""
+        """Its rollouts after the third have one row from the start."""
 
         def generate(self, rank: int) -> None:
             super().generate(rank)
-            self.batches = (1, 1)
+            if len(self.chosen) >= 3 * len(BATCHES):
+                self.batches = (1, 1)
 
     recorder = RecordingLogger(tmp_path)
     callback = StrategyAdaptation(EpsilonGreedy(["4_2_8"], epsilon=0))
-    run = FakeRollouts(ShrinkingEngine(), 3)
+    run = FakeRollouts(ShrinkingEngine(), 6)
     trainer(tmp_path, callback, logger=recorder, log_every_n_steps=1).fit(TinyPolicy(), run)
     tag = "bandit/tokens_per_s_batch_5-8"
-    assert [step for step, metrics in recorder.logged if tag in metrics] == [1]
+    assert [step for step, metrics in recorder.logged if tag in metrics] == [2, 3]
     tag = "bandit/tokens_per_s_batch_1"
-    assert [step for step, metrics in recorder.logged if tag in metrics] == [1, 2, 3]
+    assert [step for step, metrics in recorder.logged if tag in metrics] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])
