@@ -4,8 +4,9 @@ For each depth d and sibling rank r it holds the probability that the target's t
 child of a node at depth d of the accepted path: a mean of what was offered and accepted, which
 fades as policy and drafter change, drawn towards the estimate one level up (a deep level is seldom
 reached). From these, the expected accept length of any tree, run before or not, is that of the best
-static tree of its shape. Trees are dynamic, so that a strategy's measured length exceeds this a
-little: a correction per strategy is learnt with it.
+static tree of its shape. That is exact for chains; trees are dynamic, so that their measured length
+exceeds it a little: a correction for each is learnt with it. Rows of one step resemble one another,
+the more so where they answer the same prompt: they tell less than as many rows of several steps.
 
 A change of the drafter without notice (its weights replaced, say) is told by a cumulative sum of
 the likelihood that first drafts are accepted with other odds (Page, 1954); the estimate then starts
@@ -16,7 +17,9 @@ anew from the last steps. Leaves out step times (cost_model.py). Source of the t
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +35,11 @@ _LEVEL_ROWS = 8.0
 _MAX_ROWS = 4000.0
 """Older rows fade beyond these."""
 _CORRECTION_ROWS = 60.0
-"""Rows that a strategy's correction of 1 counts for."""
+"""Effective rows that a tree's correction of 1 counts for."""
+_DEEP_SHARE = 0.25
+"""Of the uncertainty of deep levels, what tells strategies apart: most they share."""
+_ROW_CORRELATION = 0.1
+"""Between the accept lengths of a step's rows."""
 _FEWEST_ROWS_TO_CORRECT = 64.0
 """Rows behind the estimate, from which on what it misses is the strategy's."""
 _MOST_RELATIVE_DEVIATION = 0.6
@@ -78,7 +85,7 @@ class _Change:
         self.total = 0.0
         self.num_steps = 0  # since the evidence began
 
-    def record(self, rows: int, hits: int, chance: float) -> None:
+    def record(self, rows: float, hits: float, chance: float) -> None:
         chance = min(max(chance, 0.02), 0.98)
         other = self._factor * chance / (1 - chance + self._factor * chance)
         self.total += hits * math.log(other / chance)
@@ -101,7 +108,8 @@ class AcceptanceModel:
         topk = max(strategy.topk for strategy in strategies)
         self._offered = [[0.0] * topk for _ in range(depth)]
         self._accepted = [[0.0] * topk for _ in range(depth)]
-        # Of each strategy's steps: rows, tokens, and tokens as they were modelled.
+        self._effective_rows = 0.0
+        # Of each tree's steps: effective rows, their tokens, and tokens as they were modelled.
         self._own = {strategy: [0.0, 0.0, 0.0] for strategy in strategies}
         self._modelled = dict.fromkeys(strategies, 1.0)  # accept lengths, by the last look
         self._first_prior = [
@@ -122,15 +130,16 @@ class AcceptanceModel:
     def record(self, stats: StepStats) -> bool:
         """Learn from a step; whether it made the estimate start anew."""
         self._recent.append(stats)
+        weight = effective_rows(stats.batch_size) / stats.batch_size
         hits = sum(stats.accepted_by_rank[0])
         chance = sum(self._first_probabilities()[: stats.strategy.topk])
-        if self.num_rows >= _FEWEST_ROWS_TO_CORRECT:
-            own, rows = self._own[stats.strategy], stats.batch_size
+        if stats.strategy.topk > 1 and self.num_rows >= _FEWEST_ROWS_TO_CORRECT:
+            own, rows = self._own[stats.strategy], weight * stats.batch_size
             modelled = rows * self._modelled[stats.strategy]
-            own[:] = own[0] + rows, own[1] + stats.num_tokens, own[2] + modelled
+            own[:] = own[0] + rows, own[1] + weight * stats.num_tokens, own[2] + modelled
         self._add(stats)
         for change in self._changes:
-            change.record(stats.batch_size, hits, chance)
+            change.record(weight * stats.batch_size, weight * hits, chance)
             if change.total >= _ALARM and self.num_rows >= _RECENT_STEPS:
                 self.num_alarms += 1
                 self._start_anew(change.num_steps)
@@ -143,6 +152,7 @@ class AcceptanceModel:
 
     def _add(self, stats: StepStats) -> None:
         self._doubt *= math.exp(-stats.batch_size / _DOUBT_ROWS)
+        self._effective_rows += effective_rows(stats.batch_size)
         for depth, (offered, accepted) in enumerate(
             zip(stats.offered_by_rank, stats.accepted_by_rank, strict=True)
         ):
@@ -164,6 +174,7 @@ class AcceptanceModel:
 
         What a strategy's trees yield beyond the model is a matter of their shape, and stays.
         """
+        self._effective_rows *= keep
         for counts in (*self._offered, *self._accepted):
             counts[:] = [keep * count for count in counts]
 
@@ -203,18 +214,37 @@ class AcceptanceModel:
             self._modelled[strategy] = modelled
             rows, tokens, own_modelled = self._own[strategy]
             prior = _CORRECTION_ROWS * modelled
+            own_deviation = self._deviation_of_deep_levels(levels, strategy.depth) / modelled
+            if strategy.topk > 1:
+                correction = _CORRECTION_DEVIATION / math.sqrt(1 + rows / _CORRECTION_ROWS)
+                own_deviation = math.hypot(own_deviation, correction)
             lengths[strategy] = AcceptLength(
                 modelled * (tokens + prior) / (own_modelled + prior),
-                math.hypot(relative_deviation / math.sqrt(self.num_rows + 1), self._doubt),
-                _CORRECTION_DEVIATION / math.sqrt(1 + rows / _CORRECTION_ROWS),
+                math.hypot(relative_deviation / math.sqrt(self._effective_rows + 1), self._doubt),
+                own_deviation,
             )
         return lengths
+
+    def _deviation_of_deep_levels(self, levels: Sequence[Sequence[float]], depth: int) -> float:
+        """Standard deviation of a chain's length by what is not known of its levels after the
+        first, which only strategies that draft so deep, and get there, can show."""
+        chances = [sum(level) for level in levels[:depth]]
+        reached = list(itertools.accumulate(chances, operator.mul))  # chance of each level's draft
+        beyond = list(itertools.accumulate(reversed(reached)))[::-1]  # tokens from each level on
+        weight = self._effective_rows / max(self.num_rows, 1.0)
+        variance = 0.0
+        for level in range(1, depth):
+            rows = weight * self._offered[level][0] + _LEVEL_ROWS
+            chance = min(chances[level], 0.99)
+            variance += (beyond[level] / chance) ** 2 * chance * (1 - chance) / rows
+        return _DEEP_SHARE * math.sqrt(variance)
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, sums, and the last steps, in plain numbers, lists and strings."""
         return {
             "offered": [list(counts) for counts in self._offered],
             "accepted": [list(counts) for counts in self._accepted],
+            "effective_rows": self._effective_rows,
             "own": [list(self._own[strategy]) for strategy in self._strategies],
             "modelled": [self._modelled[strategy] for strategy in self._strategies],
             "changes": [[change.total, change.num_steps] for change in self._changes],
@@ -227,6 +257,7 @@ class AcceptanceModel:
         """Take what `state_dict` gave."""
         self._offered = [list(counts) for counts in state["offered"]]
         self._accepted = [list(counts) for counts in state["accepted"]]
+        self._effective_rows = state["effective_rows"]
         self._own = dict(zip(self._strategies, map(list, state["own"]), strict=True))
         self._modelled = dict(zip(self._strategies, state["modelled"], strict=True))
         for change, (total, num_steps) in zip(self._changes, state["changes"], strict=True):
@@ -234,6 +265,11 @@ class AcceptanceModel:
         self._doubt = state["doubt"]
         self.num_alarms = state["num_alarms"]
         self._recent = deque(map(_stats, state["recent"]), maxlen=_RECENT_STEPS)
+
+
+def effective_rows(num_rows: int) -> float:
+    """Independent rows that tell as much of a mean as those of one step."""
+    return num_rows / (1 + _ROW_CORRELATION * (num_rows - 1))
 
 
 def static_tree_length(levels: Sequence[Sequence[float]], strategy: DraftStrategy) -> float:

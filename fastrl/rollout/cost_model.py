@@ -1,10 +1,11 @@
-"""What a decode step of one strategy takes at any batch size: a profile, and how far off it is.
+"""What a decode step of each strategy takes at any batch size: a profile, and how far off it is.
 
-The profile is a curve over batch sizes, measured before the first rollout, or, without that, made
-of the first steps themselves. Each bucket of batch sizes tracks the ratio of measured to profiled
-seconds as a median over the last steps, so that hiccups do not count and a wrong profile is
-forgotten within a few steps; it also follows growing contexts. A bucket without steps has the ratio
-of the others.
+The profile is a curve over batch sizes for each strategy, measured before the first rollout, or,
+without that, made of the first steps themselves. Each bucket of batch sizes tracks the ratio of
+measured to profiled seconds as a median over a strategy's last steps, so that hiccups do not count
+and a wrong profile is forgotten within a few steps; it also follows growing contexts. Where a
+strategy has no steps yet, it is held to be as far off as the others are in the bucket, so that it
+is not tried merely because it ran in better times; or as it is itself in other buckets.
 """
 
 from __future__ import annotations
@@ -12,105 +13,117 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _WINDOW = 31
 _PROFILE_DEVIATION = 0.08
-"""Relative, of a profiled time that no step has confirmed: wide enough to have arms tried that are
-not much worse."""
+"""Relative, of a profiled time that no step has confirmed."""
 _STEP_DEVIATION = 0.06
+"""Of a step's time, relative to its usual one."""
 
 
 class CostModel:
-    """Of one strategy.
+    """Of all strategies, which are numbers.
 
     Args:
+        num_arms: strategies.
         num_buckets: of batch sizes.
     """
 
-    def __init__(self, num_buckets: int) -> None:
-        self._profile: dict[int, float] = {}
-        self._curve: dict[int, float] = {}  # values between the profile's points, as asked for
-        self._ratios = [deque[float](maxlen=_WINDOW) for _ in range(num_buckets)]
-        self._medians = [1.0] * num_buckets
-        self._usual_ratio = 1.0  # of all buckets with steps
+    def __init__(self, num_arms: int, num_buckets: int) -> None:
+        self._profiles: list[dict[int, float]] = [{} for _ in range(num_arms)]
+        self._curves: list[dict[int, float]] = [{} for _ in range(num_arms)]  # as asked for
+        self._ratios = [
+            [deque[float](maxlen=_WINDOW) for _ in range(num_buckets)] for _ in range(num_arms)
+        ]
+        self._medians: list[list[float | None]] = [[None] * num_buckets for _ in range(num_arms)]
 
-    def covers(self, batch_size: int) -> bool:
+    def covers(self, arm: int, batch_size: int) -> bool:
         """Whether the curve reaches this batch size."""
-        return batch_size <= max(self._profile, default=0)
+        return batch_size <= max(self._profiles[arm], default=0)
 
-    def add_profile(self, batch_size: int, seconds: float) -> None:
+    def add_profile(self, arm: int, batch_size: int, seconds: float) -> None:
         """A point of the curve."""
-        self._profile[batch_size] = seconds
-        self._curve.clear()
+        self._profiles[arm][batch_size] = seconds
+        self._curves[arm].clear()
 
-    def is_known(self, bucket: int, batch_size: int) -> bool:
+    def is_known(self, arm: int, bucket: int, batch_size: int) -> bool:
         """Whether a step at this batch size can be told: from the profile, or steps nearby."""
-        return bool(self._ratios[bucket]) or (
-            len(self._profile) > 1 and batch_size <= 2 * max(self._profile)
+        profile = self._profiles[arm]
+        return bool(self._ratios[arm][bucket]) or (
+            len(profile) > 1 and batch_size <= 2 * max(profile)
         )
 
-    def record(self, bucket: int, batch_size: int, seconds: float) -> None:
+    def record(self, arm: int, bucket: int, batch_size: int, seconds: float) -> None:
         """Learn from a step."""
-        if not self._ratios[bucket] and not self.is_known(bucket, batch_size):
-            self.add_profile(batch_size, seconds)
-        ratios = self._ratios[bucket]
+        if not self.is_known(arm, bucket, batch_size):
+            self.add_profile(arm, batch_size, seconds)
+        ratios = self._ratios[arm][bucket]
         if not ratios:
-            ratios.append(self._usual_ratio)  # the profile's vote
-        ratios.append(seconds / self._profiled(batch_size))
-        self._medians[bucket] = _median_low(ratios)
-        self._learn_usual_ratio()
+            ratios.append(self._ratio(arm, bucket))  # the vote of what was believed
+        ratios.append(seconds / self._profiled(arm, batch_size))
+        self._medians[arm][bucket] = _median_low(ratios)
 
-    def seconds(self, bucket: int, batch_size: int) -> float:
+    def seconds(self, arm: int, bucket: int, batch_size: int) -> float:
         """Expected of a step."""
-        ratio = self._medians[bucket] if self._ratios[bucket] else self._usual_ratio
-        return self._profiled(batch_size) * ratio
+        return self._profiled(arm, batch_size) * self._ratio(arm, bucket)
 
-    def num_steps(self, bucket: int) -> int:
+    def _ratio(self, arm: int, bucket: int) -> float:
+        """Measured over profiled seconds."""
+        own = self._medians[arm][bucket]
+        if own is not None:
+            return own
+        in_bucket = [medians[bucket] for medians in self._medians]
+        others = [median for median in in_bucket if median is not None]
+        elsewhere = [median for median in self._medians[arm] if median is not None]
+        return _median_low(others or elsewhere or [1.0])
+
+    def num_steps(self, arm: int, bucket: int) -> int:
         """Steps that its ratio is a median of."""
-        return max(len(self._ratios[bucket]) - 1, 0)
+        return max(len(self._ratios[arm][bucket]) - 1, 0)
 
-    def deviation(self, bucket: int) -> float:
+    def deviation(self, arm: int, bucket: int) -> float:
         """Standard deviation of the logarithm of `seconds`."""
-        if not self._ratios[bucket]:
-            return _PROFILE_DEVIATION
-        return _STEP_DEVIATION / math.sqrt(len(self._ratios[bucket]))
+        ratios = self._ratios[arm][bucket]
+        return _STEP_DEVIATION / math.sqrt(len(ratios)) if ratios else _PROFILE_DEVIATION
 
-    def _learn_usual_ratio(self) -> None:
-        medians = [m for m, ratios in zip(self._medians, self._ratios, strict=True) if ratios]
-        self._usual_ratio = _median_low(medians) if medians else 1.0
-
-    def _profiled(self, batch_size: int) -> float:
+    def _profiled(self, arm: int, batch_size: int) -> float:
         """The curve: linear between its points, level before the first, as steep as the last two
         after the last."""
-        if batch_size not in self._curve:
-            self._curve[batch_size] = self._interpolated(batch_size)
-        return self._curve[batch_size]
-
-    def _interpolated(self, batch_size: int) -> float:
-        points = sorted(self._profile)
-        place = bisect_left(points, batch_size)
-        if place == 0 or len(points) == 1:
-            return self._profile[points[0]]
-        lower, upper = points[min(place, len(points) - 1) - 1], points[min(place, len(points) - 1)]
-        slope = (self._profile[upper] - self._profile[lower]) / (upper - lower)
-        return self._profile[lower] + max(slope, 0.0) * (batch_size - lower)
+        curve = self._curves[arm]
+        if batch_size not in curve:
+            curve[batch_size] = _interpolated(self._profiles[arm], batch_size)
+        return curve[batch_size]
 
     def state_dict(self) -> dict[str, Any]:
-        """Curve and ratios."""
+        """Curves and ratios."""
         return {
-            "profile": [[batch, seconds] for batch, seconds in self._profile.items()],
-            "ratios": [list(ratios) for ratios in self._ratios],
+            "profiles": [[list(point) for point in p.items()] for p in self._profiles],
+            "ratios": [[list(ratios) for ratios in buckets] for buckets in self._ratios],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        self._profile = dict(state["profile"])
-        self._curve.clear()
-        self._ratios = [deque(ratios, maxlen=_WINDOW) for ratios in state["ratios"]]
-        self._medians = [_median_low(ratios) if ratios else 1.0 for ratios in self._ratios]
-        self._learn_usual_ratio()
+        self._profiles = [dict(points) for points in state["profiles"]]
+        self._curves = [{} for _ in self._profiles]
+        self._ratios = [
+            [deque(ratios, maxlen=_WINDOW) for ratios in buckets] for buckets in state["ratios"]
+        ]
+        self._medians = [
+            [_median_low(ratios) if ratios else None for ratios in buckets]
+            for buckets in self._ratios
+        ]
+
+
+def _interpolated(profile: Mapping[int, float], batch_size: int) -> float:
+    points = sorted(profile)
+    place = bisect_left(points, batch_size)
+    if place == 0 or len(points) == 1:
+        return profile[points[0]]
+    lower, upper = points[min(place, len(points) - 1) - 1], points[min(place, len(points) - 1)]
+    slope = (profile[upper] - profile[lower]) / (upper - lower)
+    return profile[lower] + max(slope, 0.0) * (batch_size - lower)
 
 
 def _median_low(values: Collection[float]) -> float:

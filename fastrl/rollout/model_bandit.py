@@ -81,7 +81,7 @@ class ModelBased(Bandit):
                 kinds.setdefault(arm.drafter, []).append(arm)
         self._kinds = list(kinds)
         self._acceptance = {kind: AcceptanceModel(arms) for kind, arms in kinds.items()}
-        self._costs = [CostModel(len(self.batch_thresholds)) for _ in self.arms]
+        self._cost = CostModel(len(self.arms), len(self.batch_thresholds))
         self._lengths = [PLAIN_LENGTH] * len(self.arms)
         self._plans: dict[int, list[_Option]] = {}  # by batch size, the likeliest best arm first
         self._steps_since_plan = 0
@@ -98,28 +98,29 @@ class ModelBased(Bandit):
         sizes.append(max_batch_size)
         return [
             CostQuery(strategy=arm, batch_size=size, context_tokens=_PROFILED_CONTEXT)
-            for arm, limit, cost in zip(self.arms, self._max_batch, self._costs, strict=True)
+            for index, arm in enumerate(self.arms)
             for size in sizes
-            if size <= limit and arm not in self._excluded and not cost.covers(size)
+            if index in self._candidates(size) and not self._cost.covers(index, size)
         ]
 
     def record_cost(self, query: CostQuery, seconds: float) -> None:
         """A point of an arm's cost curve."""
-        self._costs[self._arm_index[query.strategy]].add_profile(query.batch_size, seconds)
+        self._cost.add_profile(self._arm_index[query.strategy], query.batch_size, seconds)
         self._plans.clear()
         if self.journal is not None:
             self.journal.append(MeasuredCost(query=query, seconds=seconds))
 
     def _usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
-        cost = self._costs[arm]
-        return cost.seconds(bucket, batch_size) if cost.is_known(bucket, batch_size) else None
+        if not self._cost.is_known(arm, bucket, batch_size):
+            return None
+        return self._cost.seconds(arm, bucket, batch_size)
 
     # -- choice -----------------------------------------------------------------------------------
 
     def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
         arm, is_exploring = self._decide_freely(bucket, batch_size)
         if arm == 0:
-            is_known = self._costs[0].num_steps(bucket) >= _ENOUGH_CONTROLS
+            is_known = self._cost.num_steps(0, bucket) >= _ENOUGH_CONTROLS
             self._steps_to_control[bucket] = _CONTROL_STEPS if is_known else _FIRST_CONTROL_STEPS
         else:
             self._steps_to_control[bucket] -= 1
@@ -131,7 +132,7 @@ class ModelBased(Bandit):
         plan = self._plans.get(batch_size)
         if plan is None:
             candidates = self._candidates(batch_size)
-            unknown = [a for a in candidates if not self._costs[a].is_known(bucket, batch_size)]
+            unknown = [a for a in candidates if not self._cost.is_known(a, bucket, batch_size)]
             if unknown:
                 return unknown[0], True
             plan = self._plans[batch_size] = self._plan(bucket, batch_size, candidates)
@@ -155,14 +156,14 @@ class ModelBased(Bandit):
         """The arms that may be the best at a batch size, the likeliest first."""
         options = []
         for arm in candidates:
-            believed, cost = self._lengths[arm], self._costs[arm]
+            believed = self._lengths[arm]
             options.append(
                 _Option(
                     arm,
                     self._kinds.index(self.arms[arm].drafter) if arm else -1,
-                    math.log(believed.mean / cost.seconds(bucket, batch_size)),
+                    math.log(believed.mean / self._cost.seconds(arm, bucket, batch_size)),
                     believed.shared_deviation,
-                    math.hypot(believed.own_deviation, cost.deviation(bucket)),
+                    math.hypot(believed.own_deviation, self._cost.deviation(arm, bucket)),
                 )
             )
         options.sort(key=lambda option: -option.rate)
@@ -177,7 +178,7 @@ class ModelBased(Bandit):
     # -- learning ---------------------------------------------------------------------------------
 
     def _observe(self, bucket: int, arm: int, stats: StepStats) -> None:
-        self._costs[arm].record(bucket, stats.batch_size, stats.seconds)
+        self._cost.record(arm, bucket, stats.batch_size, stats.seconds)
         self._steps_since_plan += 1
         self._steps_since_refresh += 1
         started_anew = False
@@ -243,7 +244,7 @@ class ModelBased(Bandit):
         """All that further decisions depend on, in plain numbers, lists and strings."""
         return super().state_dict() | {
             "acceptance": {kind: model.state_dict() for kind, model in self._acceptance.items()},
-            "costs": [cost.state_dict() for cost in self._costs],
+            "cost": self._cost.state_dict(),
             "lengths": [list(astuple(length)) for length in self._lengths],
             "plans": [
                 [batch_size, [list(option) for option in plan]]
@@ -262,8 +263,7 @@ class ModelBased(Bandit):
         super().load_state_dict(state)
         for kind, model in self._acceptance.items():
             model.load_state_dict(state["acceptance"][kind])
-        for cost, saved in zip(self._costs, state["costs"], strict=True):
-            cost.load_state_dict(saved)
+        self._cost.load_state_dict(state["cost"])
         self._lengths = [AcceptLength(*length) for length in state["lengths"]]
         self._plans = {
             batch_size: [_Option(*option) for option in plan] for batch_size, plan in state["plans"]

@@ -208,6 +208,53 @@ def test_acceptance_is_counts_drawn_towards_the_level_above():
         above = expected
 
 
+def test_rows_of_a_step_that_are_all_alike_are_no_alarm():
+    """Eight samples of one prompt that stand at the same hard word."""
+    strategy = DraftStrategy.parse("4_1_5")
+    model = AcceptanceModel([strategy])
+    world = World(0.8)
+    for _ in range(60):
+        model.record(world.step(strategy, 8))
+    hard = World(0.0, 0.0).step(strategy, 8)
+    assert not model.record(hard)
+    assert not model.record(world.step(strategy, 8))
+    assert model.num_alarms == 0
+    assert any(model.record(hard) for _ in range(4))
+
+
+def test_what_a_dynamic_tree_yields_more_is_learnt_and_outlasts_a_notice():
+    """A chain needs no correction: its model is exact."""
+    tree, chain = DraftStrategy.parse("4_2_8"), DraftStrategy.parse("4_1_5")
+    model = AcceptanceModel([tree, chain])
+    world = World(0.6)
+    for _ in range(400):
+        for strategy in (tree, chain):
+            model.record(world.step(strategy, 8))
+        model.expected_lengths()
+    before = model.expected_lengths()
+    assert before[tree].mean == pytest.approx(world.expected_length(tree), rel=0.03)
+    assert before[chain].mean == pytest.approx(world.expected_length(chain), rel=0.03)
+    ratio = before[tree].mean / static_tree_length(model.probabilities(), tree)
+    assert ratio > 1.01
+    model.take_notice(0.5)
+    after = model.expected_lengths()[tree].mean
+    assert after / static_tree_length(model.probabilities(), tree) == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_drafter_that_became_good_is_tried_soon_after_the_notice(batch_size, seed):
+    """However long it had been useless."""
+    world = World(0.0, 0.0, seed=seed)
+    bandit = profiled(world)
+    play(bandit, world, [batch_size] * 150)
+    bandit.discount(0.5)
+    world.first, world.second = 0.85, 0.1
+    play(bandit, world, [batch_size] * 40)
+    chosen, _ = play(bandit, world, [batch_size] * 40)
+    assert sum(not strategy.is_off for strategy in chosen) >= 0.8 * len(chosen)
+
+
 def test_one_tree_s_steps_tell_about_another_s():
     seen, unseen = DraftStrategy.parse("4_2_8"), DraftStrategy.parse("2_1_3")
     model = AcceptanceModel([seen, unseen])
@@ -221,16 +268,33 @@ def test_one_tree_s_steps_tell_about_another_s():
 
 
 def test_costs_between_profiled_batches_lie_on_the_line_and_hiccups_do_not_count():
-    cost = CostModel(1)
-    cost.add_profile(1, 1.0)
-    cost.add_profile(5, 3.0)
-    assert cost.seconds(0, 3) == pytest.approx(2.0)
-    assert cost.seconds(0, 7) == pytest.approx(4.0)
+    cost = CostModel(1, 1)
+    cost.add_profile(0, 1, 1.0)
+    cost.add_profile(0, 5, 3.0)
+    assert cost.seconds(0, 0, 3) == pytest.approx(2.0)
+    assert cost.seconds(0, 0, 7) == pytest.approx(4.0)
     for _ in range(4):
-        cost.record(0, 3, 4.0)  # twice the profile
-        cost.record(0, 5, 6.0)
-    cost.record(0, 3, 400.0)
-    assert cost.seconds(0, 1) == pytest.approx(2.0)
+        cost.record(0, 0, 3, 4.0)  # twice the profile
+        cost.record(0, 0, 5, 6.0)
+    cost.record(0, 0, 3, 400.0)
+    assert cost.seconds(0, 0, 1) == pytest.approx(2.0)
+
+
+def test_a_strategy_without_steps_is_as_far_off_as_others_there_or_as_itself_elsewhere():
+    cost = CostModel(3, 3)
+    for arm in range(3):
+        cost.add_profile(arm, 1, 1.0)
+        cost.add_profile(arm, 4, 1.0)
+    assert cost.seconds(2, 0, 2) == 1.0
+    for _ in range(9):
+        cost.record(0, 0, 2, 1.5)
+        cost.record(1, 0, 2, 2.0)
+        cost.record(2, 1, 2, 3.0)
+    assert cost.seconds(2, 0, 2) == 1.5  # of 1.5 and 2
+    assert cost.seconds(2, 2, 2) == 3.0
+    assert cost.seconds(0, 2, 2) == 1.5
+    cost.record(2, 0, 2, 0.5)
+    assert cost.seconds(2, 0, 2) == 0.5  # of that and what was believed, the lower
 
 
 def test_a_cost_query_names_the_step():
