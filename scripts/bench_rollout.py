@@ -5,7 +5,9 @@ each round, so that a machine's moods meet all of them; each round's ratio to `o
 the round. Batches are kept full from a queue, as in a rollout; prefills count. Tokens of all engine
 arms must be the same: in float32 a difference ends the run with an error, in bfloat16 rounding may
 move a token, and differing rollouts are counted. The adaptive arm's bandit is one for all batch
-sizes, as in a run, and keeps what it learnt; warm-up rounds are run but not counted.
+sizes, as in a run, and keeps what it learnt; warm-up rounds are run but not counted. N-gram arms
+find the responses of the round before, which had other seeds: as in a second epoch, but by the same
+policy, which flatters them.
 
     python scripts/bench_rollout.py --model models/quickstart/policy \\
         --drafter models/quickstart/drafter --ckpt CKPT --json bench.json --plot bench.png
@@ -202,17 +204,7 @@ def make_arms(
     drafter: dict[str, Tensor],
     bandit: StrategySelector | None,
 ) -> dict[str, Arm]:
-    """All arms at a batch size; engine arms share an engine."""
-    engine = TorchEngine(
-        drafter_path=bench.drafter,
-        max_batch_size=batch_size,
-        dtype=bench.dtype,
-        device=bench.device,
-    )
-    engine.start(bench.model)
-    engine.load_policy(model.named_parameters(), version=0)
-    if drafter:
-        engine.load_drafter(drafter.items(), version=1)
+    """All arms at a batch size, each with an engine of its own, which share weights."""
     arms: dict[str, Arm] = {}
     for name in bench.arms:
         if name in TRANSFORMERS_ARMS:
@@ -222,6 +214,16 @@ def make_arms(
             continue
         selector = bandit if name == ADAPTIVE else FixedStrategy(name)
         assert selector is not None, "the adaptive arm has a bandit"
+        engine = TorchEngine(
+            drafter_path=bench.drafter,
+            max_batch_size=batch_size,
+            dtype=bench.dtype,
+            device=bench.device,
+        )
+        engine.start(bench.model)
+        engine.load_policy(model.named_parameters(), version=0)
+        if drafter:
+            engine.load_drafter(drafter.items(), version=1)
         arms[name] = EngineArm(engine, selector, bench.sampling)
     return arms
 
