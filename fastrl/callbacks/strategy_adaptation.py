@@ -82,10 +82,10 @@ class StrategyAdaptation(Callback):
         log_step_scalars(trainer, report_scalars(report), source.rl_step)
         if self._shared_state is not None:
             self._learn_from_all(self._shared_state)
+        self.bandit.start_period()
         if source.policy_version != self._seen_policy_version:
             self.bandit.discount(self.keep)
             self._seen_policy_version = source.policy_version
-        self.bandit.start_period()
         self.bandit.reseed(source.rl_step)
         if self._shared_state is not None:
             self._remember_shared()
@@ -113,7 +113,8 @@ class StrategyAdaptation(Callback):
         journals: list[list[StepStats | MeasuredCost]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(journals, self.bandit.journal)
         self.bandit.journal = None
-        self.bandit.load_state_dict(shared_state)
+        own_period = self.bandit.state_dict()["period"]
+        self.bandit.load_state_dict(shared_state | {"period": own_period})
         for entry in in_turns(journals):
             self.bandit.replay(entry)
 
@@ -166,7 +167,8 @@ def report_scalars(report: BanditReport) -> dict[str, float]:
             scalars[f"bandit/gain_batch_{name}"] = bucket.gain
         if bucket.predicted_gain is not None:
             scalars[f"bandit/predicted_gain_batch_{name}"] = bucket.predicted_gain
-        scalars[f"bandit/best_verify_tokens_batch_{name}"] = float(bucket.best.verify_tokens)
+        if bucket.best is not None:
+            scalars[f"bandit/best_verify_tokens_batch_{name}"] = float(bucket.best.verify_tokens)
         for strategy, share in bucket.arm_shares.items():
             scalars[f"bandit_shares/batch_{name}/{strategy}"] = share
     return scalars

@@ -128,7 +128,15 @@ class AcceptanceModel:
         return self._offered[0][0]
 
     def record(self, stats: StepStats) -> bool:
-        """Learn from a step; whether it made the estimate start anew."""
+        """Learn from a step; whether it made the estimate start anew.
+
+        Raises ValueError for a step without counts by depth and rank.
+        """
+        if len(stats.accepted_by_rank) != stats.strategy.depth:
+            raise ValueError(
+                f"bandit: a step of {stats.strategy} was recorded without what was offered and "
+                "accepted at each depth; the engine must fill offered_by_rank and accepted_by_rank"
+            )
         self._recent.append(stats)
         weight = effective_rows(stats.batch_size) / stats.batch_size
         hits = sum(stats.accepted_by_rank[0])
@@ -138,6 +146,8 @@ class AcceptanceModel:
             modelled = rows * self._modelled[stats.strategy]
             own[:] = own[0] + rows, own[1] + weight * stats.num_tokens, own[2] + modelled
         self._add(stats)
+        if stats.strategy.drafter == "ngram":
+            return False  # it has no weights to go bad; texts that repeat themselves come and go
         for change in self._changes:
             change.record(weight * stats.batch_size, weight * hits, chance)
             if change.total >= _ALARM and self.num_rows >= _RECENT_STEPS:
@@ -153,13 +163,17 @@ class AcceptanceModel:
     def _add(self, stats: StepStats) -> None:
         self._doubt *= math.exp(-stats.batch_size / _DOUBT_ROWS)
         self._effective_rows += effective_rows(stats.batch_size)
+        reached = stats.batch_size
         for depth, (offered, accepted) in enumerate(
             zip(stats.offered_by_rank, stats.accepted_by_rank, strict=True)
         ):
             for rank, (num_offered, num_accepted) in enumerate(zip(offered, accepted, strict=True)):
-                if num_offered:
-                    self._offered[depth][rank] += num_offered
+                # Rows for which n-grams drafted nothing count as offered: that is their length.
+                num_rows = reached if stats.strategy.drafter == "ngram" else num_offered
+                if num_rows:
+                    self._offered[depth][rank] += num_rows
                     self._accepted[depth][rank] += num_accepted
+            reached = sum(accepted)
 
     def _start_anew(self, num_steps: int) -> None:
         """From the steps since the change alone, as far as they are at hand."""
@@ -217,7 +231,8 @@ class AcceptanceModel:
             own_deviation = self._deviation_of_deep_levels(levels, strategy.depth) / modelled
             if strategy.topk > 1:
                 correction = _CORRECTION_DEVIATION / math.sqrt(1 + rows / _CORRECTION_ROWS)
-                own_deviation = math.hypot(own_deviation, correction)
+                siblings = self._deviation_of_siblings(levels, strategy.topk) / modelled
+                own_deviation = math.hypot(own_deviation, correction, siblings)
             lengths[strategy] = AcceptLength(
                 modelled * (tokens + prior) / (own_modelled + prior),
                 math.hypot(relative_deviation / math.sqrt(self._effective_rows + 1), self._doubt),
@@ -238,6 +253,17 @@ class AcceptanceModel:
             chance = min(chances[level], 0.99)
             variance += (beyond[level] / chance) ** 2 * chance * (1 - chance) / rows
         return _DEEP_SHARE * math.sqrt(variance)
+
+    def _deviation_of_siblings(self, levels: Sequence[Sequence[float]], topk: int) -> float:
+        """The same of a tree, by what is not known of later children, which chains never show."""
+        weight = self._effective_rows / max(self.num_rows, 1.0)
+        following = 1 + sum(levels[1]) if len(levels) > 1 else 1.0
+        variance = 0.0
+        for rank in range(1, topk):
+            chance = levels[0][rank]
+            rows = weight * self._offered[0][rank] + _PRIOR_ROWS
+            variance += following**2 * chance * (1 - chance) / rows
+        return math.sqrt(variance)
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, sums, and the last steps, in plain numbers, lists and strings."""

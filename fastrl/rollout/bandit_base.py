@@ -43,8 +43,8 @@ class BucketReport:
 
     arm_shares: Mapping[str, float]
     """Share of the bucket's decisions by strategy, every arm named."""
-    best: DraftStrategy
-    """The arm believed to be the fastest."""
+    best: DraftStrategy | None
+    """The arm believed to be the fastest; None where nothing is known of `off`."""
     tokens_per_second: float
     """Of the whole batch together."""
     gain: float | None
@@ -92,7 +92,9 @@ class Bandit(ABC):
         self._arm_index = {arm: index for index, arm in enumerate(self.arms)}
         self._excluded: set[DraftStrategy] = set()
         self._rng = random.Random(seed)
-        self._meter = GainMeter(len(self.batch_thresholds), len(self.arms))
+        self._two_kinds = [i for i, arm in enumerate(self.arms) if arm.drafter == "ngram"]
+        """Arms whose steps take the time of a plain one wherever they find nothing to draft."""
+        self._meter = GainMeter(len(self.batch_thresholds), len(self.arms), self._two_kinds)
         self._past_regret_s = 0.0
         self._clear_period()
 
@@ -158,23 +160,19 @@ class Bandit(ABC):
             self.journal.append(stats)
 
     def _measure(self, bucket: int, arm: int, stats: StepStats) -> None:
-        """Count a step's gain, by what was known before it; steps that nothing is known of do not
-        count."""
-        rows = stats.batch_size
-        off_seconds = self._usual_seconds(0, bucket, rows)
-        usual_seconds = off_seconds if arm == 0 else self._usual_seconds(arm, bucket, rows)
-        if off_seconds is None or usual_seconds is None:
-            return
+        """Count a step's gain, by what was known before it."""
         if bucket not in self._forecasts:
-            self._forecasts[bucket] = self._believed_gains(bucket, rows)
+            self._forecasts[bucket] = self._believed_gains(bucket, stats.batch_size)
+        usual_seconds = self._usual_seconds(arm, bucket, stats.batch_size)
         self._meter.add(
-            bucket, arm, rows, stats.num_tokens, stats.seconds, usual_seconds, off_seconds
+            bucket, arm, stats.batch_size, stats.num_tokens, stats.seconds, usual_seconds
         )
 
     def replay(self, entry: StepStats | MeasuredCost) -> None:
-        """Learn from an entry of a journal, another rank's or one's own."""
+        """Learn from an entry of a journal, another rank's or one's own, without measuring gains:
+        steps of several ranks in turns have no neighbours."""
         if isinstance(entry, StepStats):
-            self.record(entry)
+            self._observe(self._bucket(entry.batch_size), self._arm_index[entry.strategy], entry)
         else:
             self.record_cost(entry.query, entry.seconds)
 
@@ -208,8 +206,7 @@ class Bandit(ABC):
     def _believed_by_bucket(self) -> dict[int, dict[int, float]]:
         """Of buckets with steps this period, at their mean batch."""
         meter = self._meter
-        gains = {b: self._believed_gains(b, meter.batch_size(b)) for b in meter.buckets}
-        return {bucket: arm_gains for bucket, arm_gains in gains.items() if arm_gains}
+        return {b: self._believed_gains(b, meter.batch_size(b)) for b in meter.buckets}
 
     def report(self) -> BanditReport:
         """This period's decisions and gains, and the present beliefs, for logging."""
@@ -233,7 +230,9 @@ class Bandit(ABC):
         meter = self._meter
         return BucketReport(
             arm_shares=self._shares(self._period_choices[bucket]),
-            best=self.arms[max(believed_gains, key=lambda arm: believed_gains[arm])],
+            best=self.arms[max(believed_gains, key=believed_gains.__getitem__)]
+            if believed_gains
+            else None,
             tokens_per_second=meter.tokens_per_second(bucket),
             gain=meter.gain([bucket]),
             predicted_gain=meter.expected_gain(bucket, self._forecasts[bucket]),

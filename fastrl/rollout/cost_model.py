@@ -5,7 +5,10 @@ without that, made of the first steps themselves. Each bucket of batch sizes tra
 measured to profiled seconds as a median over a strategy's last steps, so that hiccups do not count
 and a wrong profile is forgotten within a few steps; it also follows growing contexts. Where a
 strategy has no steps yet, it is held to be as far off as the others are in the bucket, so that it
-is not tried merely because it ran in better times; or as it is itself in other buckets.
+is not tried merely because it ran in better times; or as it is itself in other buckets. Steps of
+n-gram arms are of two kinds, with drafts and without, and so counted by their mean. What was seen
+of a strategy long ago is less sure, and gives way to how far off the others are by now: it may have
+been run in bad times only.
 """
 
 from __future__ import annotations
@@ -21,6 +24,12 @@ _PROFILE_DEVIATION = 0.08
 """Relative, of a profiled time that no step has confirmed."""
 _STEP_DEVIATION = 0.06
 """Of a step's time, relative to its usual one."""
+_OLD_DEVIATION = 0.1
+"""Of a time that was last seen very long ago."""
+_OLD_STEPS = 150.0
+"""Steps in a bucket after which a time is half as old as that."""
+_FARTHEST = 3.0
+"""Times count as this often the median in a mean, at most."""
 
 
 class CostModel:
@@ -29,9 +38,15 @@ class CostModel:
     Args:
         num_arms: strategies.
         num_buckets: of batch sizes.
+        two_kinds: strategies whose steps are.
     """
 
-    def __init__(self, num_arms: int, num_buckets: int) -> None:
+    def __init__(
+        self, num_arms: int, num_buckets: int, two_kinds: Collection[int] = frozenset()
+    ) -> None:
+        self._two_kinds = frozenset(two_kinds)
+        self._num_recorded = [0] * num_buckets
+        self._last_recorded = [[0] * num_buckets for _ in range(num_arms)]
         self._profiles: list[dict[int, float]] = [{} for _ in range(num_arms)]
         self._curves: list[dict[int, float]] = [{} for _ in range(num_arms)]  # as asked for
         self._ratios = [
@@ -51,8 +66,9 @@ class CostModel:
     def is_known(self, arm: int, bucket: int, batch_size: int) -> bool:
         """Whether a step at this batch size can be told: from the profile, or steps nearby."""
         profile = self._profiles[arm]
+        reach = 2 if len(profile) > 1 else 1
         return bool(self._ratios[arm][bucket]) or (
-            len(profile) > 1 and batch_size <= 2 * max(profile)
+            bool(profile) and batch_size <= reach * max(profile)
         )
 
     def record(self, arm: int, bucket: int, batch_size: int, seconds: float) -> None:
@@ -60,10 +76,21 @@ class CostModel:
         if not self.is_known(arm, bucket, batch_size):
             self.add_profile(arm, batch_size, seconds)
         ratios = self._ratios[arm][bucket]
+        believed = self._ratio(arm, bucket)
+        for _ in range(int(self._age(arm, bucket) * len(ratios))):
+            ratios.popleft()
         if not ratios:
-            ratios.append(self._ratio(arm, bucket))  # the vote of what was believed
+            ratios.append(believed)  # its vote
         ratios.append(seconds / self._profiled(arm, batch_size))
-        self._medians[arm][bucket] = _median_low(ratios)
+        self._medians[arm][bucket] = self._typical(arm, ratios)
+        self._num_recorded[bucket] += 1
+        self._last_recorded[arm][bucket] = self._num_recorded[bucket]
+
+    def _typical(self, arm: int, ratios: Collection[float]) -> float:
+        median = _median_low(ratios)
+        if arm not in self._two_kinds:
+            return median
+        return sum(min(ratio, _FARTHEST * median) for ratio in ratios) / len(ratios)
 
     def seconds(self, arm: int, bucket: int, batch_size: int) -> float:
         """Expected of a step."""
@@ -72,12 +99,21 @@ class CostModel:
     def _ratio(self, arm: int, bucket: int) -> float:
         """Measured over profiled seconds."""
         own = self._medians[arm][bucket]
-        if own is not None:
-            return own
         in_bucket = [medians[bucket] for medians in self._medians]
+        del in_bucket[arm]
         others = [median for median in in_bucket if median is not None]
-        elsewhere = [median for median in self._medians[arm] if median is not None]
-        return _median_low(others or elsewhere or [1.0])
+        if own is None:
+            elsewhere = [median for median in self._medians[arm] if median is not None]
+            return _median_low(others or elsewhere or [1.0])
+        if not others:
+            return own
+        age = self._age(arm, bucket)
+        return math.exp((1 - age) * math.log(own) + age * math.log(_median_low(others)))
+
+    def _age(self, arm: int, bucket: int) -> float:
+        """0 for what was just seen, 1 for what was seen very long ago."""
+        steps = self._num_recorded[bucket] - self._last_recorded[arm][bucket]
+        return steps / (steps + _OLD_STEPS)
 
     def num_steps(self, arm: int, bucket: int) -> int:
         """Steps that its ratio is a median of."""
@@ -86,7 +122,10 @@ class CostModel:
     def deviation(self, arm: int, bucket: int) -> float:
         """Standard deviation of the logarithm of `seconds`."""
         ratios = self._ratios[arm][bucket]
-        return _STEP_DEVIATION / math.sqrt(len(ratios)) if ratios else _PROFILE_DEVIATION
+        if not ratios:
+            return _PROFILE_DEVIATION
+        old = _OLD_DEVIATION * math.sqrt(self._age(arm, bucket))
+        return math.hypot(_STEP_DEVIATION / math.sqrt(len(ratios)), old)
 
     def _profiled(self, arm: int, batch_size: int) -> float:
         """The curve: linear between its points, level before the first, as steep as the last two
@@ -101,6 +140,8 @@ class CostModel:
         return {
             "profiles": [[list(point) for point in p.items()] for p in self._profiles],
             "ratios": [[list(ratios) for ratios in buckets] for buckets in self._ratios],
+            "num_recorded": list(self._num_recorded),
+            "last_recorded": [list(last) for last in self._last_recorded],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -111,9 +152,11 @@ class CostModel:
             [deque(ratios, maxlen=_WINDOW) for ratios in buckets] for buckets in state["ratios"]
         ]
         self._medians = [
-            [_median_low(ratios) if ratios else None for ratios in buckets]
-            for buckets in self._ratios
+            [self._typical(arm, ratios) if ratios else None for ratios in buckets]
+            for arm, buckets in enumerate(self._ratios)
         ]
+        self._num_recorded = list(state["num_recorded"])
+        self._last_recorded = [list(last) for last in state["last_recorded"]]
 
 
 def _interpolated(profile: Mapping[int, float], batch_size: int) -> float:

@@ -2,10 +2,11 @@
 
 The gain of an arm is the tokens that its steps yield a row, times the seconds that a step of `off`
 takes in units of its own. The latter are told from pairs: steps of the two that followed one
-another, at nearly the same batch size, context and load of the machine; bandits run a control step
-of `off` now and then to have such pairs. So neither acceptance lengths, nor other times, nor the
-machine's hiccups pose as a gain. Gains of several arms or buckets are means over the seconds spent
-on those that have pairs; nothing is said where these are less than half.
+another at the same batch size, give or take an eighth, and so at nearly the same context and load
+of the machine; bandits run a control step of `off` now and then to have such pairs. So neither
+acceptance lengths, nor other times, nor the machine's hiccups pose as a gain. Gains of several arms
+or buckets are means over the seconds spent on those that have pairs; nothing is said where these
+are less than half.
 
 Leaves out how times are tracked for choosing (`cost_model.py`, `bandit_windows.py`).
 """
@@ -14,14 +15,22 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 _MOST_PAIRS = 31
-"""Newest pairs of an arm in a bucket, whose median counts."""
+"""Newest pairs of an arm in a bucket that count."""
 _FEWEST_PAIRS = 3
-_LONGEST = 3.0
-"""Most that a step weighs, in units of the usual: a hiccup would else decide a short period."""
+_FARTHEST = 3.0
+"""Times and ratios count as this often the median, or one over this, at most: a hiccup would else
+decide a short period."""
+
+
+class _Step(NamedTuple):
+    bucket: int
+    arm: int
+    rows: int
+    seconds: float
 
 
 class _ArmSums:
@@ -46,20 +55,25 @@ class GainMeter:
     Args:
         num_buckets: buckets are numbers.
         num_arms: arms are numbers; 0 is `off`.
+        two_kinds: arms whose steps are, with drafts and without, as n-gram ones.
     """
 
-    def __init__(self, num_buckets: int, num_arms: int) -> None:
+    def __init__(
+        self, num_buckets: int, num_arms: int, two_kinds: Collection[int] = frozenset()
+    ) -> None:
+        self._two_kinds = frozenset(two_kinds)
         self._num_buckets = num_buckets
         self._num_arms = num_arms
-        # Seconds of `off` over those of an arm, as pairs showed it.
+        # Seconds of an arm over those of `off`, as pairs showed it.
         self._pairs = [
             [deque[float](maxlen=_MOST_PAIRS) for _ in range(num_arms)] for _ in range(num_buckets)
         ]
-        self._last: list[tuple[int, float] | None] = [None] * num_buckets
         self.start_period()
 
     def start_period(self) -> None:
         """Sum from here on."""
+        self._last: _Step | None = None
+        self._raw_seconds = [0.0] * self._num_buckets
         self._rows = [0] * self._num_buckets
         self._tokens = [0] * self._num_buckets
         self._sums = [[_ArmSums() for _ in range(self._num_arms)] for _ in range(self._num_buckets)]
@@ -71,32 +85,29 @@ class GainMeter:
         rows: int,
         num_tokens: int,
         seconds: float,
-        usual_seconds: float,
-        off_seconds: float,
+        usual_seconds: float | None,
     ) -> None:
-        """A step, and what it and a step of `off` in its place usually take.
-
-        The latter serves to compare neighbours of different batch sizes.
-        """
-        self._add_pair(bucket, arm, seconds / off_seconds)
+        """A step, and what such a step usually takes (None: nothing is known of it)."""
+        step = _Step(bucket, arm, rows, seconds)
+        self._add_pair(self._last, step)
+        self._last = step
         self._rows[bucket] += rows
         self._tokens[bucket] += num_tokens
+        self._raw_seconds[bucket] += seconds
         sums = self._sums[bucket][arm]
         sums.num_steps += 1
         sums.tokens_per_row += num_tokens / rows
-        sums.seconds += min(seconds, _LONGEST * usual_seconds)
+        sums.seconds += (
+            seconds if usual_seconds is None else min(seconds, _FARTHEST * usual_seconds)
+        )
 
-    def _add_pair(self, bucket: int, arm: int, relative_seconds: float) -> None:
-        """Seconds are relative to what `off` usually takes at the step's batch size."""
-        last = self._last[bucket]
-        self._last[bucket] = (arm, relative_seconds)
-        if last is None:
+    def _add_pair(self, last: _Step | None, step: _Step) -> None:
+        if last is None or last.bucket != step.bucket or (last.arm == 0) == (step.arm == 0):
             return
-        last_arm, last_seconds = last
-        if arm == 0 and last_arm:
-            self._pairs[bucket][last_arm].append(relative_seconds / last_seconds)
-        elif arm and last_arm == 0:
-            self._pairs[bucket][arm].append(last_seconds / relative_seconds)
+        if 8 * abs(last.rows - step.rows) > step.rows:
+            return
+        off, other = (last, step) if last.arm == 0 else (step, last)
+        self._pairs[step.bucket][other.arm].append(other.seconds / off.seconds)
 
     @property
     def buckets(self) -> list[int]:
@@ -109,7 +120,7 @@ class GainMeter:
 
     def tokens_per_second(self, bucket: int) -> float:
         """Of the whole batch together, over the period's steps in such a bucket."""
-        return self._tokens[bucket] / sum(sums.seconds for sums in self._sums[bucket])
+        return self._tokens[bucket] / self._raw_seconds[bucket]
 
     def arm_gains(self, bucket: int) -> dict[int, float]:
         """By arm run in the bucket this period and paired: tokens a second over those of `off`."""
@@ -117,8 +128,11 @@ class GainMeter:
         for arm, sums in enumerate(self._sums[bucket]):
             pairs = self._pairs[bucket][arm]
             if sums.num_steps and (arm == 0 or len(pairs) >= _FEWEST_PAIRS):
-                off = statistics.median(pairs) if arm else 1.0
-                gains[arm] = off * sums.tokens_per_row / sums.num_steps
+                relative_seconds = 1.0
+                if arm:
+                    is_mean = arm in self._two_kinds  # whose median would be of one kind
+                    relative_seconds = (_clipped_mean if is_mean else statistics.median)(pairs)
+                gains[arm] = sums.tokens_per_row / sums.num_steps / relative_seconds
         return gains
 
     def gain(self, buckets: Sequence[int]) -> float | None:
@@ -162,7 +176,8 @@ class GainMeter:
         """All of it, in plain numbers and lists."""
         return {
             "pairs": [[list(pairs) for pairs in by_arm] for by_arm in self._pairs],
-            "last": [None if last is None else list(last) for last in self._last],
+            "last": None if self._last is None else list(self._last),
+            "raw_seconds": list(self._raw_seconds),
             "rows": list(self._rows),
             "tokens": list(self._tokens),
             "sums": [[sums.as_list() for sums in by_arm] for by_arm in self._sums],
@@ -173,7 +188,14 @@ class GainMeter:
         self._pairs = [
             [deque(pairs, maxlen=_MOST_PAIRS) for pairs in by_arm] for by_arm in state["pairs"]
         ]
-        self._last = [None if last is None else (last[0], last[1]) for last in state["last"]]
+        self._last = None if state["last"] is None else _Step(*state["last"])
+        self._raw_seconds = list(state["raw_seconds"])
         self._rows = list(state["rows"])
         self._tokens = list(state["tokens"])
         self._sums = [[_ArmSums(*sums) for sums in by_arm] for by_arm in state["sums"]]
+
+
+def _clipped_mean(ratios: Collection[float]) -> float:
+    median = statistics.median(ratios)
+    low, high = median / _FARTHEST, median * _FARTHEST
+    return statistics.fmean(min(max(ratio, low), high) for ratio in ratios)

@@ -5,8 +5,9 @@ for all arms of a drafter and all batch sizes) over its expected step time (cost
 profiled before the first rollout, then tracked). So a few steps of any tree tell about all trees,
 at all batch sizes, and `off`, whose accept length is 1, is an arm like any other. Each decision
 draws every arm's rate from its posterior and takes the best (Thompson sampling, 1933): arms are
-tried as often as they may be the best, and no more. Besides, one step in two hundred at least is
-one of `off`: what speculation gains is measured against it.
+tried as often as they may be the best, and no more. Besides, four of the first steps in each bucket
+of batch sizes, and then one in two hundred at least, are of `off`: what speculation gains is
+measured against them.
 
 Leaves out the choice among several drafters' trees at once, and agreement between tensor-parallel
 ranks, whose step times differ: there, one rank decides.
@@ -81,7 +82,7 @@ class ModelBased(Bandit):
                 kinds.setdefault(arm.drafter, []).append(arm)
         self._kinds = list(kinds)
         self._acceptance = {kind: AcceptanceModel(arms) for kind, arms in kinds.items()}
-        self._cost = CostModel(len(self.arms), len(self.batch_thresholds))
+        self._cost = CostModel(len(self.arms), len(self.batch_thresholds), self._two_kinds)
         self._lengths = [PLAIN_LENGTH] * len(self.arms)
         self._plans: dict[int, list[_Option]] = {}  # by batch size, the likeliest best arm first
         self._steps_since_plan = 0
@@ -118,15 +119,6 @@ class ModelBased(Bandit):
     # -- choice -----------------------------------------------------------------------------------
 
     def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
-        arm, is_exploring = self._decide_freely(bucket, batch_size)
-        if arm == 0:
-            is_known = self._cost.num_steps(0, bucket) >= _ENOUGH_CONTROLS
-            self._steps_to_control[bucket] = _CONTROL_STEPS if is_known else _FIRST_CONTROL_STEPS
-        else:
-            self._steps_to_control[bucket] -= 1
-        return arm, is_exploring
-
-    def _decide_freely(self, bucket: int, batch_size: int) -> tuple[int, bool]:
         if self._steps_to_control[bucket] <= 0:
             return 0, True
         plan = self._plans.get(batch_size)
@@ -179,6 +171,11 @@ class ModelBased(Bandit):
 
     def _observe(self, bucket: int, arm: int, stats: StepStats) -> None:
         self._cost.record(arm, bucket, stats.batch_size, stats.seconds)
+        if arm:
+            self._steps_to_control[bucket] -= 1
+        else:
+            is_known = self._cost.num_steps(0, bucket) >= _ENOUGH_CONTROLS
+            self._steps_to_control[bucket] = _CONTROL_STEPS if is_known else _FIRST_CONTROL_STEPS
         self._steps_since_plan += 1
         self._steps_since_refresh += 1
         started_anew = False
@@ -224,15 +221,6 @@ class ModelBased(Bandit):
                 rates[arm] = self._lengths[arm].mean / seconds
         return {arm: rate / rates[0] for arm, rate in rates.items()} if 0 in rates else {}
 
-    def predicted_gains(self) -> dict[str, dict[str, float]]:
-        """Predicted tokens a second relative to `off`, by bucket and strategy, at the bucket's
-        smallest batch; buckets and arms whose times are unknown are left out."""
-        return {
-            self._bucket_name(bucket): self._by_name(gains)
-            for bucket, batch_size in enumerate(self.batch_thresholds)
-            if (gains := self._believed_gains(bucket, batch_size))
-        }
-
     @property
     def num_alarms(self) -> int:
         """Changes of a drafter that were noticed without notice."""
@@ -268,6 +256,8 @@ class ModelBased(Bandit):
         self._plans = {
             batch_size: [_Option(*option) for option in plan] for batch_size, plan in state["plans"]
         }
+        if any(self.arms[o.arm] in self._excluded for plan in self._plans.values() for o in plan):
+            self._plans.clear()
         steps = state["steps"]
         self._steps_since_plan = steps["since_plan"]
         self._steps_since_refresh = steps["since_refresh"]

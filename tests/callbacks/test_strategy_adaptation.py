@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastrl.callbacks.strategy_adaptation import StrategyAdaptation, in_turns, report_scalars
 from fastrl.rollout.bandit import (
+    Bandit,
     BanditReport,
     BucketedEpsilonGreedy,
     BucketReport,
@@ -27,6 +28,7 @@ from fastrl.rollout.bandit import (
     FixedStrategy,
 )
 from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.model_bandit import ModelBased
 from fastrl.types import OFF, DraftStrategy, RolloutBatch, SamplingParams, StepStats
 from tests.recording_logger import RecordingLogger
 
@@ -36,13 +38,18 @@ BATCHES = (8, 8, 4, 4, 1, 1, 1, 1, 1, 1)
 
 
 def step(strategy: DraftStrategy, batch_size: int, seconds: float) -> StepStats:
-    accept_length = 1 if strategy.is_off else 3
+    """Of trees two draft tokens are accepted, always first children."""
+    depth = strategy.depth
+    offered = [[batch_size] * strategy.topk if d < 3 else [0] * strategy.topk for d in range(depth)]
+    accepted = [[batch_size * (d < 2), *[0] * (strategy.topk - 1)] for d in range(depth)]
     return StepStats(
         strategy=strategy,
         batch_size=batch_size,
         context_tokens=9,
-        accept_lengths=(accept_length,) * batch_size,
+        accept_lengths=(1 if strategy.is_off else 3,) * batch_size,
         seconds=seconds,
+        offered_by_rank=tuple(map(tuple, offered)),
+        accepted_by_rank=tuple(map(tuple, accepted)),
     )
 
 
@@ -168,7 +175,7 @@ def test_a_batch_size_that_was_not_met_is_not_logged_anew(tmp_path: Path) -> Non
     run = FakeRollouts(ShrinkingEngine(), 6)
     trainer(tmp_path, callback, logger=recorder, log_every_n_steps=1).fit(TinyPolicy(), run)
     tag = "bandit/tokens_per_s_batch_5-8"
-    assert [step for step, metrics in recorder.logged if tag in metrics] == [2, 3]
+    assert [step for step, metrics in recorder.logged if tag in metrics] == [1, 2, 3]
     tag = "bandit/tokens_per_s_batch_1"
     assert [step for step, metrics in recorder.logged if tag in metrics] == [1, 2, 3, 4, 5, 6]
 
@@ -185,9 +192,18 @@ def test_acceptance_is_discounted_once_for_each_new_policy(
     assert discounts == [0.25] * (1 if is_frozen else 4)
 
 
-def test_resumed_run_chooses_as_the_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "bandit",
+    [
+        lambda: EpsilonGreedy(["4_2_8", "2_1_3"], epsilon=0.4, seed=3),
+        lambda: ModelBased(["4_2_8", "2_1_3", "2_2_4"], seed=3),
+    ],
+)
+def test_resumed_run_chooses_as_the_uninterrupted_one(
+    bandit: Callable[[], Bandit], tmp_path: Path
+) -> None:
     def callback() -> StrategyAdaptation:
-        return StrategyAdaptation(EpsilonGreedy(["4_2_8", "2_1_3"], epsilon=0.4, seed=3))
+        return StrategyAdaptation(bandit())
 
     whole, whole_engine = callback(), FakeEngine()
     saver = ModelCheckpoint(
@@ -216,20 +232,55 @@ class SavedByRank(StrategyAdaptation):
         (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
-def test_two_ranks_hold_the_same_beliefs_learned_from_both(tmp_path: Path) -> None:
-    callback = SavedByRank(BucketedEpsilonGreedy(["4_2_8"], epsilon=0.3, window_size=40))
-    trainer(tmp_path, callback, strategy="ddp_fork", devices=2).fit(
+def ranks_after_three_steps(bandit: Bandit, folder: Path) -> tuple[Any, Any]:
+    """What two ranks hold, one of which is half a second slower at each step; what they measured
+    is each one's own."""
+    trainer(folder, SavedByRank(bandit), strategy="ddp_fork", devices=2).fit(
         TinyPolicy(), FakeRollouts(FakeEngine(rank_delay=0.5), 3)
     )
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    for rank in (first, second):
+        del rank["state"]["bandit"]["period"]
+    return first, second
+
+
+def test_two_ranks_hold_the_same_beliefs_learned_from_both(tmp_path: Path) -> None:
+    bandit = BucketedEpsilonGreedy(["4_2_8"], epsilon=0.3, window_size=40)
+    first, second = ranks_after_three_steps(bandit, tmp_path)
     assert first["state"] == second["state"]
     windows = first["state"]["bandit"]["windows"]
     steps = [step for bucket in windows for window in bucket for step in window["steps"]]
     assert len(steps) == 2 * 3 * len(BATCHES)
     assert sum(seconds > 0.5 for _, _, seconds in steps) == 3 * len(BATCHES)
-    callback.bandit.reseed(3)
-    version, words, _ = callback.bandit.state_dict()["rng"]
+    bandit.reseed(3)
+    version, words, _ = bandit.state_dict()["rng"]
     assert first["state"]["bandit"]["rng"] == [version, list(words), None]
+
+
+def test_two_ranks_hold_the_same_model_learned_from_both(tmp_path: Path) -> None:
+    first, second = ranks_after_three_steps(ModelBased(["4_2_8", "2_1_3"]), tmp_path)
+    assert first["state"] == second["state"]
+    bandit = first["state"]["bandit"]
+    by_bucket = [sum(len(b[i]) - 1 for b in bandit["cost"]["ratios"] if b[i]) for i in range(7)]
+    steps_by_bucket = [
+        2 * 3 * sum(low <= size <= high for size in BATCHES)
+        for low, high in ((1, 1), (2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 999))
+    ]
+    assert by_bucket == [min(steps, 3 * 30) for steps in steps_by_bucket]
+    # One row: enough controls were seen, and tree steps of both ranks since the last.
+    assert 150 < bandit["steps"]["to_control"][0] < 200
+
+
+def test_a_period_s_gains_are_a_rank_s_own_and_its_regret_is_what_was_logged(
+    tmp_path: Path,
+) -> None:
+    recorder = RecordingLogger(tmp_path)
+    callback = StrategyAdaptation(ModelBased(["4_2_8", "2_1_3"]), keep=0.5)
+    trainer(tmp_path, callback, logger=recorder).fit(TinyPolicy(), FakeRollouts(FakeEngine(), 6))
+    logged = [metrics for _, metrics in recorder.logged if "bandit/regret_s" in metrics]
+    regrets = [metrics["bandit/regret_s"] for metrics in logged]
+    assert regrets == sorted(regrets)
+    assert callback.bandit.report().regret_s == pytest.approx(regrets[-1])
 
 
 def test_steps_of_ranks_are_learned_in_turns() -> None:

@@ -1,5 +1,6 @@
 """The model-based bandit in simulated worlds, against the best that a fixed strategy would do."""
 
+import dataclasses
 import itertools
 import random
 
@@ -151,11 +152,11 @@ def test_costs_are_asked_once_and_only_where_arms_may_run():
     assert {q.batch_size for q in bandit.cost_queries(256)} == {256}
 
 
-def test_predicted_gains_are_relative_to_off():
+def test_believed_gains_are_relative_to_off():
     world = World(0.8, noise=0.0)
     bandit = profiled(world)
     play(bandit, world, [1] * 400)
-    gains = bandit.predicted_gains()["1"]
+    gains = bandit.report().buckets["1"].believed_gains
     assert gains["off"] == 1
     tree = DraftStrategy.parse("6_1_7")
     assert gains["6_1_7"] == pytest.approx(world.rate(tree, 1) / world.rate(OFF, 1), rel=0.1)
@@ -295,6 +296,35 @@ def test_a_strategy_without_steps_is_as_far_off_as_others_there_or_as_itself_els
     assert cost.seconds(0, 2, 2) == 1.5
     cost.record(2, 0, 2, 0.5)
     assert cost.seconds(2, 0, 2) == 0.5  # of that and what was believed, the lower
+
+
+def test_a_strategy_that_ran_in_bad_times_only_is_tried_again():
+    """What was seen of it gives way to how far off the others are."""
+    world = World(0.8)
+    bandit = profiled(world)
+    best = DraftStrategy.parse("6_1_7")
+    for _ in range(10):
+        stats = world.step(best, 1)
+        bandit.record(dataclasses.replace(stats, seconds=20 * stats.seconds))
+    play(bandit, world, [1] * 2500)
+    chosen, _ = play(bandit, world, [1] * 500)
+    assert chosen.count(best) > 250
+
+
+def test_a_profile_of_one_batch_size_is_known_there():
+    bandit = ModelBased(["4_1_5"])
+    for query in bandit.cost_queries(1):
+        bandit.record_cost(query, 1.0)
+    assert bandit._usual_seconds(1, 0, 1) == 1.0
+    assert bandit._usual_seconds(1, 1, 2) is None
+
+
+def test_a_step_without_counts_is_refused():
+    world = World(0.5)
+    stats = world.step(DraftStrategy.parse("4_1_5"), 2)
+    bandit = ModelBased(["4_1_5"])
+    with pytest.raises(ValueError, match="the engine must fill offered_by_rank"):
+        bandit.record(dataclasses.replace(stats, offered_by_rank=(), accepted_by_rank=()))
 
 
 def test_a_cost_query_names_the_step():
