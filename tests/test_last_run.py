@@ -59,7 +59,7 @@ def next_second() -> None:
 def logged(run: Path) -> dict[str, list[int]]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    tags = ("rollout/num_tokens", "reward/held_out")
+    tags = ("rollout/num_tokens", "drafter/accept_depth_1", "reward/held_out")
     return {tag: [event.step for event in events.Scalars(tag)] for tag in tags}
 
 
@@ -78,6 +78,7 @@ def test_the_same_command_goes_on_with_an_interrupted_run(
         (run,) = tmp_path.glob("lightning_logs/*")
         assert logged(run) == {
             "rollout/num_tokens": [1, 2, 3, 4, 5, 6, 7],
+            "drafter/accept_depth_1": [1, 2, 3, 4, 5, 6, 7],
             "reward/held_out": [0, 3, 6],
         }
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -87,7 +88,8 @@ def test_the_same_command_goes_on_with_an_interrupted_run(
 def test_a_step_saved_before_it_was_logged_is_logged_by_the_resumed_run(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in the fourth update stops in the step's last hook: saved, and not yet logged."""
+    """Ctrl-C in the fourth update stops in the step's last hook: saved, and not yet logged, but for
+    scalars that a step may lack, which go to the loggers at once: hidden, and logged again."""
     step = FakePolicy.training_step
 
     def press(self: FakePolicy, batch: RolloutBatch, batch_idx: int) -> None:
@@ -102,8 +104,10 @@ def test_a_step_saved_before_it_was_logged_is_logged_by_the_resumed_run(
     (run,) = tmp_path.glob("lightning_logs/*")
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["rl_step"] == 4
     assert logged(run)["rollout/num_tokens"] == [1, 2, 3]
+    assert logged(run)["drafter/accept_depth_1"] == [1, 2, 3, 4]
     main(fit)
-    assert logged(run)["rollout/num_tokens"] == [1, 2, 3, 4, 5, 6, 7]
+    for tag in ("rollout/num_tokens", "drafter/accept_depth_1"):
+        assert logged(run)[tag] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_path_begins_a_new_folder(command: list[str], tmp_path: Path) -> None:

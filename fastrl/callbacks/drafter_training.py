@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from fastrl.callbacks.drafter_evaluation import held_out_metrics
 from fastrl.callbacks.feature_buffer import BufferSettings, FeatureBuffer
+from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.callbacks.time_budget import SpentTime, TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loss import EagleLoss, eagle_loss
@@ -198,10 +199,9 @@ class DrafterTraining(Callback):
             self._step(source.policy)
         if not self._is_published and source.rl_step % self.publish_every_n_steps == 0:
             self._publish(_engine(trainer))
-        metrics = self._step_metrics(self.budget.close()) | held_out
         pl_module.log_dict(
             {
-                **metrics,
+                **self._step_metrics(self.budget.close()),
                 "drafter/refused_sequences": float(num_refused),
                 "step": float(source.rl_step),
             },
@@ -209,6 +209,7 @@ class DrafterTraining(Callback):
             on_epoch=False,
             batch_size=len(batch),
         )
+        log_step_scalars(trainer, self._mean_losses() | held_out, source.rl_step)
         self._losses, self._idle_seconds = [], 0.0
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -276,14 +277,21 @@ class DrafterTraining(Callback):
         self.version += 1
         engine.load_drafter(self._published.items(), self.version)
 
+    def _mean_losses(self) -> dict[str, float]:
+        """Over the RL step's optimizer steps, those done in idle time included; none without."""
+        if not self._losses:
+            return {}
+        columns = zip(*self._losses, strict=True)
+        return {
+            f"drafter/{name}": sum(column) / len(column)
+            for name, column in zip(_LOGGED_LOSSES, columns, strict=True)
+        }
+
     def _step_metrics(self, spent: SpentTime) -> dict[str, float]:
-        """Means over the RL step's optimizer steps, those done in idle time included."""
-        num_steps = len(self._losses)
-        means = [sum(column) / num_steps for column in zip(*self._losses, strict=True)]
-        losses = dict(zip(_LOGGED_LOSSES, means, strict=False))
-        metrics = {f"drafter/{name}": value for name, value in losses.items()} | {
+        """What every RL step has."""
+        metrics = {
             "drafter/buffer_tokens": float(self.buffer.num_tokens),
-            "drafter/num_steps": float(num_steps),
+            "drafter/num_steps": float(len(self._losses)),
             "drafter/version": float(self.version),
             "drafter/time_share": spent.share,
             "time/drafter": spent.seconds + self._idle_seconds,

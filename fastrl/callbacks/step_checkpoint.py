@@ -11,6 +11,7 @@ owners'. FastRLCLI adds this callback where no other `Checkpoint` is configured.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,6 +51,15 @@ class StepCheckpoint(Checkpoint):
         self._saved: tuple[int, bool] | None = None  # the two of the last write
         # What that step logs: to the loggers only after its hooks, and so after its checkpoint.
         self._unlogged: dict[str, float] = {}
+        self._logged_early: dict[str, float] = {}
+
+    def log_again(self, scalars: Mapping[str, float]) -> None:
+        """Take what the loggers have been given in a training step's own hooks.
+
+        Resumed from the step's checkpoint, a run hides all that was logged of the step, and logs
+        it anew.
+        """
+        self._logged_early.update(scalars)
 
     # Hooks. Lightning calls a Checkpoint's after all other callbacks'.
 
@@ -75,7 +85,7 @@ class StepCheckpoint(Checkpoint):
     ) -> None:
         self._signals.release()  # of the end of an epoch, whose counters no resumed run understands
         self._signals.hold()
-        self._unlogged = {}
+        self._unlogged, self._logged_early = {}, {}
 
     def on_train_batch_end(
         self,
@@ -87,7 +97,7 @@ class StepCheckpoint(Checkpoint):
     ) -> None:
         self._finished_step = cast(PolicySource, pl_module).rl_step
         self._is_validated = False
-        self._unlogged = _to_be_logged(trainer)
+        self._unlogged = _to_be_logged(trainer) | self._logged_early
         if trainer.is_last_batch:
             return  # the end of the epoch follows, and its checkpoint; signals wait for that
         if self._finished_step % self.every_n_steps == 0:

@@ -1,8 +1,9 @@
 """A picture of what a bandit does: batch sizes by strategies, each cell a gain and a share.
 
 Colour and number are tokens a second over those of `off`: blue for faster, red for slower; in
-brackets where the strategy was not run, so that the gain is believed, not measured. Below stands
-the share of the batch size's steps that were decided for the strategy.
+brackets where that is believed, not measured, since the strategy was not run, or too seldom next to
+`off`. Below stands the share of the batch size's steps that were decided for the strategy, alone
+where no gain is known.
 """
 
 from __future__ import annotations
@@ -44,19 +45,18 @@ def heat_map(report: BanditReport) -> npt.NDArray[np.uint8]:
         for column, strategy in enumerate(strategies):
             measured = bucket.arm_gains.get(strategy)
             gain = bucket.believed_gains.get(strategy) if measured is None else measured
-            if gain is None:
+            share = bucket.arm_shares[strategy]
+            if gain is None and not share:
                 continue
-            gains_BS[row, column] = gain
-            text = f"({gain:.2f})" if measured is None else f"{gain:.2f}"
-            is_dark = not 1 / 2.2 < gain < 2.2
+            gains_BS[row, column] = np.nan if gain is None else gain
             axes.text(
                 column,
                 row,
-                f"{text}\n{bucket.arm_shares[strategy]:.0%}",
+                _cell(gain, share, is_measured=measured is not None),
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="white" if is_dark else "black",
+                color="black" if gain is None or 1 / 2.2 < gain < 2.2 else "white",
             )
     image = axes.imshow(
         gains_BS, cmap=_COLOURS, norm=LogNorm(1 / _WIDEST_GAIN, _WIDEST_GAIN), aspect="auto"
@@ -65,9 +65,15 @@ def heat_map(report: BanditReport) -> npt.NDArray[np.uint8]:
     axes.set_yticks(range(len(buckets)), [name.replace("_up", " up") for name in buckets])
     axes.set_xlabel("strategy (depth_topk_verify)")
     axes.set_ylabel("live batch size")
-    axes.set_title("tokens/s over off (believed), share of decisions", fontsize=9)
+    axes.set_title("tokens/s over off (in brackets: not measured)\nshare of decisions", fontsize=9)
     bar = figure.colorbar(image, ax=axes, ticks=[0.25, 0.5, 1, 2, 4])
     bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
     bar.ax.minorticks_off()
     canvas.draw()  # type: ignore[no-untyped-call]
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
+
+
+def _cell(gain: float | None, share: float, *, is_measured: bool) -> str:
+    if gain is None:
+        return f"{share:.0%}"
+    return f"{gain:.2f}\n{share:.0%}" if is_measured else f"({gain:.2f})\n{share:.0%}"

@@ -15,8 +15,9 @@ from fastrl.rollout.architecture import architecture, differences
 
 KEY = "fastrl"
 """Where the header is in a checkpoint."""
-FORMAT = 1
-"""Grows with a change that older code would read wrongly."""
+FORMAT = 2
+"""Grows with a change of any part's state after which code and checkpoint do not understand one
+another. 2: what the model-based bandit keeps of acceptance and step times, by bucket."""
 
 
 def make_header(algorithm: type, config: PretrainedConfig) -> dict[str, Any]:
@@ -44,10 +45,11 @@ def check_header(
             "the checkpoint has no FastRL header, so it is not one of a FastRL run; give one that "
             "`fastrl fit` wrote"
         )
-    if header["format"] > FORMAT:
+    if header["format"] != FORMAT:
+        fix = "or a newer one" if header["format"] > FORMAT else "or start anew"
         raise ValueError(
-            f"the checkpoint has format {header['format']}, this version of FastRL reads up to "
-            f"{FORMAT}; use the version that wrote it, or a newer one"
+            f"the checkpoint has format {header['format']}, this version of FastRL reads {FORMAT}: "
+            f"callbacks keep other state in it; use the version that wrote it, {fix}"
         )
     if different := differences(header["policy"], architecture(config.to_dict())):
         raise ValueError(

@@ -61,7 +61,7 @@ class StrategySelector(Protocol):
         ...
 
     def record_cost(self, query: CostQuery, seconds: float) -> None:
-        """Learn what such a step took, median of a few."""
+        """Learn what such a step took: the second smallest of five."""
         ...
 
 

@@ -6,6 +6,7 @@ The engine is a fake that records what it is given; policy, drafter and Lightnin
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +26,7 @@ from fastrl.callbacks.time_budget import TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.engine import IdleHook, IdleWindow
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
+from tests.recording_logger import RecordingLogger
 
 VOCAB_SIZE = 13
 CONFIG = LlamaConfig(
@@ -188,6 +191,7 @@ def fit(
     policy_learning_rate: float = 0.1,
     seed: int = 0,
     first_rl_step: int = 0,
+    logger: Logger | None = None,
 ) -> tuple[FakeEngine, FakePolicyModule]:
     engine, module = FakeEngine(drafter_path), FakePolicyModule(policy_learning_rate)
     module.rl_step = first_rl_step
@@ -196,7 +200,8 @@ def fit(
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
-        logger=False,
+        logger=logger or False,
+        log_every_n_steps=1,
         callbacks=[callback, *others],
         enable_checkpointing=any(isinstance(other, ModelCheckpoint) for other in others),
         enable_progress_bar=False,
@@ -229,6 +234,17 @@ def recorded_metrics(names: list[str], into: list[list[float]]) -> Watch:
     )
 
 
+def logged_rows(logger: RecordingLogger, names: list[str]) -> list[list[float]]:
+    """Of the RL steps that logged them, in order."""
+    logged = [scalars for _, scalars in logger.logged if names[0] in scalars]
+    return [[float(scalars[name]) for name in names] for scalars in logged]
+
+
+def logged_at(logger: RecordingLogger, name: str) -> list[int | None]:
+    """RL steps for which a scalar was logged."""
+    return [step for step, scalars in logger.logged if name in scalars]
+
+
 def test_budget_publications_and_metrics_follow_the_schedule(drafter_path: str) -> None:
     """3 optimizer steps an RL step, published after steps 2 and 4; 48 tokens each, at most 100."""
     rows: list[list[float]] = []
@@ -238,13 +254,16 @@ def test_budget_publications_and_metrics_follow_the_schedule(drafter_path: str) 
     assert [version for version, _ in engine.published] == [1, 2]
 
 
-def test_training_lowers_the_loss_of_a_policy_that_stands_still(drafter_path: str) -> None:
+def test_training_lowers_the_loss_of_a_policy_that_stands_still(
+    drafter_path: str, tmp_path: Path
+) -> None:
     """On random sequences it has not seen; and the loss logged is the sum of its two parts."""
     names = ["drafter/loss", "drafter/loss_ce", "drafter/loss_hidden", "drafter/top1_agreement"]
-    rows: list[list[float]] = []
+    logger = RecordingLogger(tmp_path)
     callback = small_callback(steps_per_batch=20, hidden_loss_weight=0.5)
-    watch = recorded_metrics(names, into=rows)
-    fit(callback, drafter_path, 4, others=[watch], policy_learning_rate=0.0)
+    fit(callback, drafter_path, 4, logger=logger, policy_learning_rate=0.0)
+    rows = logged_rows(logger, names)
+    assert len(rows) == 4
     for loss, cross_entropy, hidden, agreement in rows:
         assert loss == pytest.approx(cross_entropy + 0.5 * hidden, rel=1e-5)
         assert 0 <= agreement <= 1
@@ -345,7 +364,8 @@ def test_a_resumed_run_continues_bit_identically(
 
     metrics_whole: list[list[float]] = []
     metrics_resumed: list[list[float]] = []
-    names = ["drafter/loss", "drafter/num_steps", "drafter/version", "drafter/buffer_tokens"]
+    names = ["drafter/num_steps", "drafter/version", "drafter/buffer_tokens"]
+    logger_whole, logger_resumed = RecordingLogger(tmp_path), RecordingLogger(tmp_path)
     saver = ModelCheckpoint(
         dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1
     )
@@ -355,6 +375,7 @@ def test_a_resumed_run_continues_bit_identically(
         6,
         others=[recorded_metrics(names, into=metrics_whole), saver],
         idle_window=window(),
+        logger=logger_whole,
     )
     resumed, _ = fit(
         small_callback(),
@@ -364,8 +385,15 @@ def test_a_resumed_run_continues_bit_identically(
         idle_window=window(),
         ckpt_path=str(tmp_path / "step=3.ckpt"),
         seed=99,
+        logger=logger_resumed,
     )
     assert metrics_resumed == metrics_whole[3:]
+    losses_whole, losses_resumed = (
+        logged_rows(logger, ["drafter/loss", "drafter/held_out_loss_depth_2"])
+        for logger in (logger_whole, logger_resumed)
+    )
+    assert len(losses_resumed) == 3
+    assert losses_resumed == losses_whole[3:]
     assert [version for version, _ in whole.published] == [1, 2, 3]
     assert [version for version, _ in resumed.published] == [1, 2, 3]
     for (_, theirs), (_, ours) in zip(whole.published, resumed.published, strict=True):
@@ -424,16 +452,20 @@ def test_a_second_fit_goes_on_with_the_trained_drafter(drafter_path: str) -> Non
 
 
 def test_a_frozen_drafter_is_evaluated_but_neither_trained_nor_published(
-    drafter_path: str,
+    drafter_path: str, tmp_path: Path
 ) -> None:
     """`steps_per_batch: 0`, the control of configs/quickstart_frozen.yaml."""
     rows: list[list[float]] = []
-    names = ["drafter/num_steps", "drafter/version", "drafter/held_out_acceptance_depth_1"]
+    names = ["drafter/num_steps", "drafter/version"]
     callback = small_callback(steps_per_batch=0, publish_every_n_steps=1)
-    engine, _ = fit(callback, drafter_path, 3, others=[recorded_metrics(names, into=rows)])
+    watch, logger = recorded_metrics(names, into=rows), RecordingLogger(tmp_path)
+    engine, _ = fit(callback, drafter_path, 3, others=[watch], logger=logger)
     assert engine.published == []
-    assert [row[:2] for row in rows] == [[0, 0]] * 3
-    assert all(0 < row[2] < 1 for row in rows)
+    assert rows == [[0, 0]] * 3
+    acceptances = logged_rows(logger, ["drafter/held_out_acceptance_depth_1"])
+    assert len(acceptances) == 3
+    assert all(0 < acceptance < 1 for (acceptance,) in acceptances)
+    assert logged_at(logger, "drafter/loss") == []
     for name, weight in EagleDrafter.from_pretrained(drafter_path).named_weights():
         assert torch.equal(callback.state_dict()["drafter"][name], weight)
 
@@ -449,13 +481,14 @@ class TimedTraining(DrafterTraining):
 
 
 class TimedRollouts(Callback):
-    """Ten seconds go by before each update."""
+    """Seconds that go by before each update: the given ones in turn, over and over."""
 
-    def __init__(self, callback: TimedTraining) -> None:
+    def __init__(self, callback: TimedTraining, seconds: Iterable[float] = (10.0,)) -> None:
         self.callback = callback
+        self.seconds = itertools.cycle(seconds)
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.callback.now += 10.0
+        self.callback.now += next(self.seconds)
 
 
 def timed_callback(**options: Any) -> TimedTraining:
@@ -478,6 +511,23 @@ def test_the_share_of_the_rl_steps_time_is_kept_and_logged(
     fit(callback, drafter_path, 3, others=others)
     measured = num_steps / (10 + num_steps)
     assert rows == [pytest.approx([num_steps, measured, share])] * 3
+
+
+def test_an_rl_step_without_time_for_training_logs_no_losses(
+    drafter_path: str, tmp_path: Path
+) -> None:
+    """Nor does it repeat those of the step before; how good the drafter is, it logs all the same.
+
+    A fifth of 10 s is time for two optimizer steps, a fifth of nothing for none.
+    """
+    callback = timed_callback(max_step_share=0.2, steps_per_batch=None)
+    logger = RecordingLogger(tmp_path)
+    others = [TimedRollouts(callback, seconds=(10.0, 0.0))]
+    fit(callback, drafter_path, 3, others=others, logger=logger)
+    assert logged_rows(logger, ["drafter/num_steps"]) == [[2], [0], [2]]
+    for name in ("loss", "loss_hidden", "loss_ce", "top1_agreement", "top1_acceptance"):
+        assert logged_at(logger, f"drafter/{name}") == [1, 3]
+    assert logged_at(logger, "drafter/held_out_loss_depth_1") == [1, 2, 3]
 
 
 def test_the_share_changes_the_drafter_and_never_the_policy(drafter_path: str) -> None:
@@ -510,14 +560,16 @@ def test_a_resumed_budget_goes_on_with_what_was_saved(drafter_path: str, tmp_pat
 
 
 def test_held_out_agreement_is_of_the_drafter_before_it_trains_on_the_sequences(
-    drafter_path: str,
+    drafter_path: str, tmp_path: Path
 ) -> None:
     """The first RL step's is the untrained drafter's, however much that step trains."""
     names = ["drafter/held_out_loss_depth_1", "drafter/held_out_loss_depth_6"]
-    rows: dict[int, list[list[float]]] = {0: [], 20: []}
-    for steps_per_batch, into in rows.items():
+    rows: dict[int, list[list[float]]] = {}
+    for steps_per_batch in (0, 20):
         callback = small_callback(steps_per_batch=steps_per_batch, publish_every_n_steps=100)
-        fit(callback, drafter_path, 2, others=[recorded_metrics(names, into=into)])
+        logger = RecordingLogger(tmp_path)
+        fit(callback, drafter_path, 2, logger=logger)
+        rows[steps_per_batch] = logged_rows(logger, names)
     assert rows[0][0] == rows[20][0]
     assert rows[0][1] != rows[20][1]
 

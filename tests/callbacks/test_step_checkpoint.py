@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 
 from fastrl.callbacks.step_checkpoint import StepCheckpoint
+from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.checkpoint_io import AtomicCheckpointIO
 from fastrl.types import RolloutBatch
 from tests.fake_run import FakeLoader, FakePolicy, FakeRollouts
@@ -132,13 +134,12 @@ def fit(
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         callbacks=callbacks,
         plugins=[plugin],
-        **{"max_epochs": 1, **settings},
+        **{"max_epochs": 1, "logger": False, **settings},
     )
     trainer.fit(policy or Policy(), datamodule=data or Rollouts(num_steps), ckpt_path=ckpt_path)
     return plugin
@@ -195,6 +196,54 @@ def test_last_is_written_every_n_steps_and_validations_are_kept(tmp_path: Path) 
     names = {path.name for path in (tmp_path / "checkpoints").glob("[ls]*")}
     assert names == {"last.ckpt", "step-9.ckpt", "step-12.ckpt"}
     assert torch.load(tmp_path / "checkpoints" / "step-9.ckpt", weights_only=True)["rl_step"] == 9
+
+
+class TimelineLogger(Logger):
+    """Records what it is asked, among whatever else is put on the timeline."""
+
+    name, version = "timeline", 0
+
+    def __init__(self, timeline: list[str]) -> None:
+        super().__init__()
+        self.timeline = timeline
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.timeline.append("log")
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    def save(self) -> None:
+        self.timeline.append("save")
+
+
+class LoggingRecorder(Recorder):
+    """Logs in its own hook, as what is not in every step is logged."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module)
+        log_step_scalars(trainer, {"early": 1.0}, pl_module.rl_step)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+def test_loggers_are_flushed_before_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: dict[str, Any]
+) -> None:
+    """Of what was logged before it, a run killed after it loses nothing."""
+    timeline: list[str] = []
+    write = CopyingIO.save_checkpoint
+
+    def note(self: CopyingIO, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        timeline.append("write")
+        write(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(CopyingIO, "save_checkpoint", note)
+    copies = fit(tmp_path, LoggingRecorder(), logger=TimelineLogger(timeline), **run).copies
+    assert timeline.count("write") >= len(copies) > 0
+    is_flushed = True
+    for event in timeline:
+        assert event != "write" or is_flushed, timeline
+        is_flushed = event == "save" or (is_flushed and event != "log")
 
 
 def saved_step(folder: Path) -> int:

@@ -11,10 +11,11 @@ from fastrl.callbacks.strategy_heat_map import heat_map
 from fastrl.rollout.bandit import BanditReport, BucketReport
 from fastrl.types import OFF
 
+THIRDS = {"off": 1 / 3, "4_1_5": 1 / 3, "4_2_8": 1 / 3}
 
-def report(gains: list[dict[str, float]]) -> BanditReport:
-    """One bucket for each; every third decision is for each of three strategies."""
-    shares = {"off": 1 / 3, "4_1_5": 1 / 3, "4_2_8": 1 / 3}
+
+def report(gains: list[dict[str, float]], shares: dict[str, float] = THIRDS) -> BanditReport:
+    """One bucket for each, with the decisions shared like that between three strategies."""
     bucket = BucketReport(
         arm_shares=shares,
         best=OFF,
@@ -73,9 +74,35 @@ def test_batch_sizes_are_rows_and_strategies_columns() -> None:
     assert np.all(top | bottom)
 
 
-def test_nothing_is_drawn_where_nothing_is_known() -> None:
+def test_there_is_no_colour_where_nothing_is_known() -> None:
     image_HWC = heat_map(report([{}]))
     assert share_of(image_HWC, BLUE) == share_of(image_HWC, RED) == 0
+
+
+def differing_columns(image_HWC: np.ndarray, other_HWC: np.ndarray) -> tuple[int, int]:
+    """First and last column of pixels in which two pictures are not the same."""
+    columns = np.nonzero(np.any(image_HWC != other_HWC, axis=(0, 2)))[0]
+    return int(columns.min()), int(columns.max())
+
+
+def test_decisions_are_shown_where_no_gain_is_known() -> None:
+    """Of the strategies that were chosen, and of no others."""
+    nothing = dict.fromkeys(THIRDS, 0.0)
+    blank, off, last = (
+        heat_map(report([{}], nothing | chosen)) for chosen in ({}, {"off": 1.0}, {"4_2_8": 1.0})
+    )
+    assert np.all(blank[np.any(blank != off, axis=2)] == 255)
+    assert differing_columns(off, blank)[1] < differing_columns(last, blank)[0]
+
+
+def test_a_gain_that_was_not_measured_is_in_brackets_though_its_strategy_was_run() -> None:
+    """They widen the number, and nothing else changes."""
+    measured = report([{"4_1_5": 1.0}])
+    bucket = measured.buckets["0"]
+    believed = dataclasses.replace(bucket, arm_gains={}, believed_gains={"4_1_5": 1.0})
+    in_brackets = heat_map(dataclasses.replace(measured, buckets={"0": believed}))
+    first, last = differing_columns(in_brackets, heat_map(measured))
+    assert 0 < last - first < 0.15 * in_brackets.shape[1]
 
 
 def test_a_measured_gain_is_shown_before_a_believed_one() -> None:

@@ -75,12 +75,29 @@ def test_another_algorithm_may_evaluate_but_not_go_on(
     assert trainer.callback_metrics["reward/held_out"] == batch.rewards_B.mean()
 
 
-def test_a_newer_format_and_a_foreign_file_are_refused(
+@pytest.mark.parametrize(
+    ("written", "fix"), [(FORMAT + 1, "or a newer one"), (FORMAT - 1, "or start anew")]
+)
+def test_another_format_is_refused(
+    checkpoint: str,
+    model_folder: str,
+    ragged_batch: MakeBatch,
+    fit: Fit,
+    written: int,
+    fix: str,
+) -> None:
+    """A newer one, and an older one: parts of the state would be missing or misunderstood."""
+    rewrite(checkpoint, lambda saved: saved[KEY].update(format=written))
+    module = GRPO(model_folder)
+    message = f"has format {written}, this version of FastRL reads {FORMAT}: .*wrote it, {fix}"
+    with pytest.raises(ValueError, match=message):
+        fit(module, [ragged_batch(1)], ckpt_path=checkpoint)
+    assert module.rl_step == 0
+
+
+def test_a_foreign_file_is_refused(
     checkpoint: str, model_folder: str, ragged_batch: MakeBatch, fit: Fit
 ) -> None:
-    rewrite(checkpoint, lambda saved: saved[KEY].update(format=FORMAT + 1))
-    with pytest.raises(ValueError, match=f"has format {FORMAT + 1}, this version of FastRL"):
-        fit(GRPO(model_folder), [ragged_batch(1)], ckpt_path=checkpoint)
     rewrite(checkpoint, lambda saved: saved.pop(KEY))
     with pytest.raises(ValueError, match="no FastRL header"):
         fit(GRPO(model_folder), [ragged_batch(1)], ckpt_path=checkpoint)
