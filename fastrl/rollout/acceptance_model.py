@@ -68,7 +68,7 @@ class AcceptLength:
     shared_deviation: float
     """Standard deviation of its logarithm, from what all strategies of the drafter share."""
     own_deviation: float
-    """From the strategy's own correction."""
+    """From what the strategy alone shows: deep levels, later children, its correction."""
 
 
 PLAIN_LENGTH = AcceptLength(1.0, 0.0, 0.0)
@@ -228,7 +228,7 @@ class AcceptanceModel:
             self._modelled[strategy] = modelled
             rows, tokens, own_modelled = self._own[strategy]
             prior = _CORRECTION_ROWS * modelled
-            own_deviation = self._deviation_of_deep_levels(levels, strategy.depth) / modelled
+            own_deviation = self._deviation_of_deep_levels(levels, strategy) / modelled
             if strategy.topk > 1:
                 correction = _CORRECTION_DEVIATION / math.sqrt(1 + rows / _CORRECTION_ROWS)
                 siblings = self._deviation_of_siblings(levels, strategy.topk) / modelled
@@ -240,17 +240,18 @@ class AcceptanceModel:
             )
         return lengths
 
-    def _deviation_of_deep_levels(self, levels: Sequence[Sequence[float]], depth: int) -> float:
-        """Standard deviation of a chain's length by what is not known of its levels after the
-        first, which only strategies that draft so deep, and get there, can show."""
-        chances = [sum(level) for level in levels[:depth]]
+    def _deviation_of_deep_levels(
+        self, levels: Sequence[Sequence[float]], strategy: DraftStrategy
+    ) -> float:
+        """Standard deviation of an accept length by what is not known of levels after the first,
+        which only strategies that draft so deep, and get there, can show."""
+        chances = [min(sum(level[: strategy.topk]), 0.99) for level in levels[: strategy.depth]]
         reached = list(itertools.accumulate(chances, operator.mul))  # chance of each level's draft
         beyond = list(itertools.accumulate(reversed(reached)))[::-1]  # tokens from each level on
         weight = self._effective_rows / max(self.num_rows, 1.0)
         variance = 0.0
-        for level in range(1, depth):
+        for level, chance in enumerate(chances[1:], start=1):
             rows = weight * self._offered[level][0] + _LEVEL_ROWS
-            chance = min(chances[level], 0.99)
             variance += (beyond[level] / chance) ** 2 * chance * (1 - chance) / rows
         return _DEEP_SHARE * math.sqrt(variance)
 

@@ -103,3 +103,5 @@ def test_bins_hold_whole_lengths_from_the_shortest_to_the_longest(values: list[i
 
 def test_another_logger_gets_none_and_is_no_error(tmp_path: Path) -> None:
     fit(CSVLogger(tmp_path))
+    assert [*tmp_path.rglob("*.tfevents.*")] == []
+    assert [*tmp_path.rglob("metrics.csv")] == []

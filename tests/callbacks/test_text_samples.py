@@ -112,6 +112,8 @@ def test_samples_are_shown_every_n_steps_from_the_first_on(tmp_path: Path) -> No
 
 def test_another_logger_gets_none_and_is_no_error(tmp_path: Path) -> None:
     fit(CSVLogger(tmp_path), num_steps=1)
+    assert [*tmp_path.rglob("*.tfevents.*")] == []
+    assert [*tmp_path.rglob("metrics.csv")] == []
 
 
 def test_longest_and_shortest_come_first_and_no_row_twice() -> None:
