@@ -11,44 +11,12 @@ from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loss import EagleLoss, eagle_loss
 from fastrl.rollout.drafters.packing import pack_sequences
 from fastrl.types import SequenceFeatures
-
-VOCAB_SIZE, HIDDEN_SIZE = 11, 8
-
-
-@pytest.fixture
-def drafter() -> EagleDrafter:
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.5,
-    )
-    return EagleDrafter.for_target(config, seed=0)
-
-
-@pytest.fixture
-def shared_weights() -> tuple[Tensor, Tensor]:
-    """Embedding and LM head that would take a gradient if they were given one."""
-    generator = torch.Generator().manual_seed(1)
-    embedding_VD = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
-    lm_head_VD = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
-    return embedding_VD.requires_grad_(), lm_head_VD.requires_grad_()
+from tests.rollout.drafters.conftest import HIDDEN_SIZE, VOCAB_SIZE, random_sequences
 
 
 @pytest.fixture
 def sequences() -> list[SequenceFeatures]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        SequenceFeatures(
-            tokens_T=torch.randint(VOCAB_SIZE, (num_tokens,), generator=generator),
-            hidden_TD=torch.randn(num_tokens, HIDDEN_SIZE, generator=generator),
-            num_prompt_tokens=num_prompt_tokens,
-            rl_step=0,
-        )
-        for num_tokens, num_prompt_tokens in [(7, 3), (3, 1), (10, 6), (5, 2)]
-    ]
+    return random_sequences((7, 3), (3, 1), (10, 6), (5, 2))
 
 
 def naive_losses(
