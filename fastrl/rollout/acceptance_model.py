@@ -48,7 +48,7 @@ _CORRECTION_DEVIATION = 0.02
 """Of a strategy's correction that no step has shown."""
 _ODDS_CHANGE = 4.0
 """Changes of the odds of a first draft that are looked for: to a fourth, or fourfold."""
-_ALARM = 8.0
+_ALARM = 12.0
 """Cumulative log-likelihood ratio."""
 _RECENT_STEPS = 8
 _NOTICED_ROWS = 8.0
@@ -139,15 +139,16 @@ class AcceptanceModel:
             )
         self._recent.append(stats)
         weight = effective_rows(stats.batch_size) / stats.batch_size
-        hits = sum(stats.accepted_by_rank[0])
-        chance = sum(self._first_probabilities()[: stats.strategy.topk])
         if stats.strategy.topk > 1 and self.num_rows >= _FEWEST_ROWS_TO_CORRECT:
             own, rows = self._own[stats.strategy], weight * stats.batch_size
             modelled = rows * self._modelled[stats.strategy]
             own[:] = own[0] + rows, own[1] + weight * stats.num_tokens, own[2] + modelled
-        self._add(stats)
         if stats.strategy.drafter == "ngram":
+            self._add(stats)
             return False  # it has no weights to go bad; texts that repeat themselves come and go
+        hits = sum(stats.accepted_by_rank[0])
+        chance = sum(self._first_probabilities()[: stats.strategy.topk])
+        self._add(stats)
         for change in self._changes:
             change.record(weight * stats.batch_size, weight * hits, chance)
             if change.total >= _ALARM and self.num_rows >= _RECENT_STEPS:
@@ -164,16 +165,16 @@ class AcceptanceModel:
         self._doubt *= math.exp(-stats.batch_size / _DOUBT_ROWS)
         self._effective_rows += effective_rows(stats.batch_size)
         reached = stats.batch_size
+        is_ngram = stats.strategy.drafter == "ngram"
         for depth, (offered, accepted) in enumerate(
             zip(stats.offered_by_rank, stats.accepted_by_rank, strict=True)
         ):
-            for rank, (num_offered, num_accepted) in enumerate(zip(offered, accepted, strict=True)):
+            for rank, num_offered in enumerate(offered):
                 # Rows for which n-grams drafted nothing count as offered: that is their length.
-                num_rows = reached if stats.strategy.drafter == "ngram" else num_offered
-                if num_rows:
-                    self._offered[depth][rank] += num_rows
-                    self._accepted[depth][rank] += num_accepted
-            reached = sum(accepted)
+                self._offered[depth][rank] += reached if is_ngram else num_offered
+                self._accepted[depth][rank] += accepted[rank]
+            if not (reached := sum(accepted)):
+                break
 
     def _start_anew(self, num_steps: int) -> None:
         """From the steps since the change alone, as far as they are at hand."""

@@ -22,7 +22,7 @@ from typing import Any
 _WINDOW = 31
 _PROFILE_DEVIATION = 0.08
 """Relative, of a profiled time that no step has confirmed."""
-_STEP_DEVIATION = 0.06
+_STEP_DEVIATION = 0.1
 """Of a step's time, relative to its usual one."""
 _OLD_DEVIATION = 0.1
 """Of a time that was last seen very long ago."""
@@ -76,11 +76,11 @@ class CostModel:
         if not self.is_known(arm, bucket, batch_size):
             self.add_profile(arm, batch_size, seconds)
         ratios = self._ratios[arm][bucket]
-        believed = self._ratio(arm, bucket)
-        for _ in range(int(self._age(arm, bucket) * len(ratios))):
+        num_outdated = int(self._age(arm, bucket) * len(ratios))
+        if num_outdated == len(ratios):
+            ratios.append(self._ratio(arm, bucket))  # the vote of what was believed so far
+        for _ in range(num_outdated):
             ratios.popleft()
-        if not ratios:
-            ratios.append(believed)  # its vote
         ratios.append(seconds / self._profiled(arm, batch_size))
         self._medians[arm][bucket] = self._typical(arm, ratios)
         self._num_recorded[bucket] += 1
@@ -91,6 +91,13 @@ class CostModel:
         if arm not in self._two_kinds:
             return median
         return sum(min(ratio, _FARTHEST * median) for ratio in ratios) / len(ratios)
+
+    def usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
+        """By the arm's own last steps and its profile alone; None where these do not tell."""
+        if not self.is_known(arm, bucket, batch_size):
+            return None
+        own = self._medians[arm][bucket]
+        return self._profiled(arm, batch_size) * (1.0 if own is None else own)
 
     def seconds(self, arm: int, bucket: int, batch_size: int) -> float:
         """Expected of a step."""

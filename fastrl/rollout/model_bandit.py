@@ -31,8 +31,11 @@ from fastrl.rollout.cost_model import CostModel
 from fastrl.rollout.engine import CostQuery
 from fastrl.types import DraftStrategy, StepStats
 
-_STEPS_PER_PLAN = 8
-"""Steps that a comparison of the arms serves, unless what it rests on changed at once."""
+_MOST_STEPS_PER_DRAW = 8
+"""Steps that a draw of the best arm serves in a bucket, unless what it rests on changed at once: a
+draft's length decides where the next begins, so that arms in turns yield less than one alone."""
+_STEPS_PER_EVIDENCE = 4
+"""Steps of evidence, since a change, for each further step that a draw serves."""
 _MOST_STEPS_PER_REFRESH = 64
 """Steps between two looks at the acceptance model, once these tell little new."""
 _STEP_KEEP = 0.999
@@ -84,10 +87,11 @@ class ModelBased(Bandit):
         self._acceptance = {kind: AcceptanceModel(arms) for kind, arms in kinds.items()}
         self._cost = CostModel(len(self.arms), len(self.batch_thresholds), self._two_kinds)
         self._lengths = [PLAIN_LENGTH] * len(self.arms)
-        self._plans: dict[int, list[_Option]] = {}  # by batch size, the likeliest best arm first
-        self._steps_since_plan = 0
+        self._held: dict[int, int] = {}  # by bucket: the arm drawn that is believed the best
+        self._steps_since_draw = 0
+        self._steps_since_change = 0
         self._steps_since_refresh = 0
-        self._refresh_steps = _STEPS_PER_PLAN
+        self._refresh_steps = 8
         self._steps_to_control = [_FIRST_CONTROL_STEPS] * len(self.batch_thresholds)
         self._refresh()
 
@@ -107,44 +111,33 @@ class ModelBased(Bandit):
     def record_cost(self, query: CostQuery, seconds: float) -> None:
         """A point of an arm's cost curve."""
         self._cost.add_profile(self._arm_index[query.strategy], query.batch_size, seconds)
-        self._plans.clear()
+        self._held.clear()
         if self.journal is not None:
             self.journal.append(MeasuredCost(query=query, seconds=seconds))
 
     def _usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
-        if not self._cost.is_known(arm, bucket, batch_size):
-            return None
-        return self._cost.seconds(arm, bucket, batch_size)
+        return self._cost.usual_seconds(arm, bucket, batch_size)
 
     # -- choice -----------------------------------------------------------------------------------
 
     def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
         if self._steps_to_control[bucket] <= 0:
             return 0, True
-        plan = self._plans.get(batch_size)
-        if plan is None:
-            candidates = self._candidates(batch_size)
-            unknown = [a for a in candidates if not self._cost.is_known(a, bucket, batch_size)]
-            if unknown:
-                return unknown[0], True
-            plan = self._plans[batch_size] = self._plan(bucket, batch_size, candidates)
-        best = plan[0]
-        if len(plan) == 1:
-            return best.arm, False
-        gauss = self._rng.gauss
-        # A drafter's trees stand or fall together with what all of them share.
-        shared = [gauss(0.0, 1.0) for _ in self._kinds]
-        highest, chosen = -math.inf, best
-        for option in plan:
-            _, drafter, rate, shared_deviation, own_deviation = option
-            rate += own_deviation * gauss(0.0, 1.0)
-            if drafter >= 0:
-                rate += shared_deviation * shared[drafter]
-            if rate > highest:
-                highest, chosen = rate, option
-        return chosen.arm, chosen is not best
+        held = self._held.get(bucket)
+        if held is not None and batch_size <= self._max_batch[held]:
+            return held, False
+        candidates = self._candidates(batch_size)
+        for arm in candidates:
+            if not self._cost.is_known(arm, bucket, batch_size):
+                return arm, True
+        options = self._options(bucket, batch_size, candidates)
+        drawn = self._draw(options)
+        if drawn is not options[0]:
+            return drawn.arm, True
+        self._held[bucket] = drawn.arm
+        return drawn.arm, False
 
-    def _plan(self, bucket: int, batch_size: int, candidates: Sequence[int]) -> list[_Option]:
+    def _options(self, bucket: int, batch_size: int, candidates: Sequence[int]) -> list[_Option]:
         """The arms that may be the best at a batch size, the likeliest first."""
         options = []
         for arm in candidates:
@@ -162,10 +155,25 @@ class ModelBased(Bandit):
         least = options[0].rate - _reach(options[0])
         return [option for option in options if option.rate + _reach(option) >= least]
 
+    def _draw(self, options: Sequence[_Option]) -> _Option:
+        """The one with the highest rate, each drawn from what is believed of it."""
+        if len(options) == 1:
+            return options[0]
+        gauss = self._rng.gauss
+        # A drafter's trees stand or fall together with what all of them share.
+        shared = [gauss(0.0, 1.0) for _ in self._kinds]
+        rates = [
+            rate
+            + own_deviation * gauss(0.0, 1.0)
+            + (shared_deviation * shared[drafter] if drafter >= 0 else 0.0)
+            for _, drafter, rate, shared_deviation, own_deviation in options
+        ]
+        return options[rates.index(max(rates))]
+
     def exclude(self, strategies: Collection[DraftStrategy]) -> None:
         """Choose none of these until told anew; `off` cannot be excluded."""
         super().exclude(strategies)
-        self._plans.clear()
+        self._held.clear()
 
     # -- learning ---------------------------------------------------------------------------------
 
@@ -176,7 +184,8 @@ class ModelBased(Bandit):
         else:
             is_known = self._cost.num_steps(0, bucket) >= _ENOUGH_CONTROLS
             self._steps_to_control[bucket] = _CONTROL_STEPS if is_known else _FIRST_CONTROL_STEPS
-        self._steps_since_plan += 1
+        self._steps_since_draw += 1
+        self._steps_since_change += 1
         self._steps_since_refresh += 1
         started_anew = False
         if arm:
@@ -184,25 +193,30 @@ class ModelBased(Bandit):
             started_anew = acceptance.record(stats)
             # A look costs more than a step's counts; it is worth it when they have grown.
             interval = int(acceptance.num_rows / (8 * stats.batch_size))
-            self._refresh_steps = min(max(interval, _STEPS_PER_PLAN), _MOST_STEPS_PER_REFRESH)
+            self._refresh_steps = min(max(interval, 8), _MOST_STEPS_PER_REFRESH)
+        steps_per_draw = min(
+            1 + self._steps_since_change // _STEPS_PER_EVIDENCE, _MOST_STEPS_PER_DRAW
+        )
         if started_anew or self._steps_since_refresh >= self._refresh_steps:
             for model in self._acceptance.values():
                 model.discount(_STEP_KEEP**self._steps_since_refresh)
                 model.bound()
             self._refresh()
-        elif self._steps_since_plan >= _STEPS_PER_PLAN:
-            self._clear_plans()
+            if started_anew:
+                self._steps_since_change = 0
+        elif self._steps_since_draw >= steps_per_draw:
+            self._draw_anew()
 
     def _refresh(self) -> None:
         for model in self._acceptance.values():
             for strategy, length in model.expected_lengths().items():
                 self._lengths[self._arm_index[strategy]] = length
         self._steps_since_refresh = 0
-        self._clear_plans()
+        self._draw_anew()
 
-    def _clear_plans(self) -> None:
-        self._plans.clear()
-        self._steps_since_plan = 0
+    def _draw_anew(self) -> None:
+        self._held.clear()
+        self._steps_since_draw = 0
 
     def discount(self, keep: float) -> None:
         """Forget acceptance in part, after the policy or the drafter changed; times stay."""
@@ -210,6 +224,7 @@ class ModelBased(Bandit):
         for model in self._acceptance.values():
             if keep < 1:
                 model.take_notice(keep)
+        self._steps_since_change = 0
         self._refresh()
 
     # -- what it believes -------------------------------------------------------------------------
@@ -217,7 +232,8 @@ class ModelBased(Bandit):
     def _believed_gains(self, bucket: int, batch_size: int) -> dict[int, float]:
         rates = {}
         for arm in self._candidates(batch_size):
-            if seconds := self._usual_seconds(arm, bucket, batch_size):
+            if self._cost.is_known(arm, bucket, batch_size):
+                seconds = self._cost.seconds(arm, bucket, batch_size)
                 rates[arm] = self._lengths[arm].mean / seconds
         return {arm: rate / rates[0] for arm, rate in rates.items()} if 0 in rates else {}
 
@@ -234,12 +250,10 @@ class ModelBased(Bandit):
             "acceptance": {kind: model.state_dict() for kind, model in self._acceptance.items()},
             "cost": self._cost.state_dict(),
             "lengths": [list(astuple(length)) for length in self._lengths],
-            "plans": [
-                [batch_size, [list(option) for option in plan]]
-                for batch_size, plan in self._plans.items()
-            ],
+            "held": dict(self._held),
             "steps": {
-                "since_plan": self._steps_since_plan,
+                "since_draw": self._steps_since_draw,
+                "since_change": self._steps_since_change,
                 "since_refresh": self._steps_since_refresh,
                 "refresh": self._refresh_steps,
                 "to_control": list(self._steps_to_control),
@@ -253,13 +267,12 @@ class ModelBased(Bandit):
             model.load_state_dict(state["acceptance"][kind])
         self._cost.load_state_dict(state["cost"])
         self._lengths = [AcceptLength(*length) for length in state["lengths"]]
-        self._plans = {
-            batch_size: [_Option(*option) for option in plan] for batch_size, plan in state["plans"]
-        }
-        if any(self.arms[o.arm] in self._excluded for plan in self._plans.values() for o in plan):
-            self._plans.clear()
+        self._held = dict(state["held"])
+        if any(self.arms[arm] in self._excluded for arm in self._held.values()):
+            self._held.clear()
         steps = state["steps"]
-        self._steps_since_plan = steps["since_plan"]
+        self._steps_since_draw = steps["since_draw"]
+        self._steps_since_change = steps["since_change"]
         self._steps_since_refresh = steps["since_refresh"]
         self._refresh_steps = steps["refresh"]
         self._steps_to_control = list(steps["to_control"])

@@ -267,8 +267,8 @@ def test_two_ranks_hold_the_same_model_learned_from_both(tmp_path: Path) -> None
         for low, high in ((1, 1), (2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 999))
     ]
     assert by_bucket == [min(steps, 3 * 30) for steps in steps_by_bucket]
-    # One row: enough controls were seen, and tree steps of both ranks since the last.
-    assert 150 < bandit["steps"]["to_control"][0] < 200
+    # One row: enough controls were seen of both ranks, so that the next is far off.
+    assert 150 < bandit["steps"]["to_control"][0] <= 200
 
 
 def test_a_period_s_gains_are_a_rank_s_own_and_its_regret_is_what_was_logged(
