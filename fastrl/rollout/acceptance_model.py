@@ -9,8 +9,8 @@ exceeds it a little: a correction for each is learnt with it. Rows of one step r
 the more so where they answer the same prompt: they tell less than as many rows of several steps.
 
 A change of the drafter without notice (its weights replaced, say) is told by a cumulative sum of
-the likelihood that first drafts are accepted with other odds (Page, 1954); the estimate then starts
-anew from the last steps. Leaves out step times (cost_model.py). Source of the tree: EAGLE-2 (arXiv
+the likelihood that first drafts are accepted with other odds (Page, 1954). Leaves out what is then
+done (bucket_acceptance.py) and step times (cost_model.py). Source of the tree: EAGLE-2 (arXiv
 2406.16858).
 """
 
@@ -22,7 +22,7 @@ import math
 import operator
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from fastrl.types import DraftStrategy, StepStats
@@ -112,6 +112,7 @@ class AcceptanceModel:
         # Of each tree's steps: effective rows, their tokens, and tokens as they were modelled.
         self._own = {strategy: [0.0, 0.0, 0.0] for strategy in strategies}
         self._modelled = dict.fromkeys(strategies, 1.0)  # accept lengths, by the last look
+        self._has_news = False  # since then
         self._first_prior = [
             _FIRST_RANK_PRIOR,
             *(_OTHER_RANKS_PRIOR / rank for rank in range(1, topk)),
@@ -119,8 +120,9 @@ class AcceptanceModel:
         self._recent: deque[StepStats] = deque(maxlen=_RECENT_STEPS)
         self._changes = [_Change(1 / _ODDS_CHANGE), _Change(_ODDS_CHANGE)]
         self._doubt = 0.0
-        self.num_alarms = 0
-        """Changes noticed without notice."""
+        self.lengths: dict[DraftStrategy, AcceptLength] = {}
+        """What is believed of each strategy, by the last look."""
+        self.look()
 
     @property
     def num_rows(self) -> float:
@@ -128,7 +130,7 @@ class AcceptanceModel:
         return self._offered[0][0]
 
     def record(self, stats: StepStats) -> bool:
-        """Learn from a step; whether it made the estimate start anew.
+        """Learn from a step; whether the last ones contradict the estimate.
 
         Raises ValueError for a step without counts by depth and rank.
         """
@@ -152,8 +154,6 @@ class AcceptanceModel:
         for change in self._changes:
             change.record(weight * stats.batch_size, weight * hits, chance)
             if change.total >= _ALARM and self.num_rows >= _RECENT_STEPS:
-                self.num_alarms += 1
-                self._start_anew(change.num_steps)
                 return True
         return False
 
@@ -162,6 +162,7 @@ class AcceptanceModel:
         return _drawn_towards(self._offered[0], self._accepted[0], self._first_prior, _PRIOR_ROWS)
 
     def _add(self, stats: StepStats) -> None:
+        self._has_news = True
         self._doubt *= math.exp(-stats.batch_size / _DOUBT_ROWS)
         self._effective_rows += effective_rows(stats.batch_size)
         reached = stats.batch_size
@@ -176,11 +177,22 @@ class AcceptanceModel:
             if not (reached := sum(accepted)):
                 break
 
-    def _start_anew(self, num_steps: int) -> None:
-        """From the steps since the change alone, as far as they are at hand."""
-        self.discount(0.0)
+    def begun_anew(self) -> AcceptanceModel:
+        """Another estimate, from the steps that contradict this one, as far as they are at hand.
+
+        What a strategy's trees yield beyond the model is a matter of their shape, and stays.
+        """
+        model = AcceptanceModel(self._strategies)
+        model._own = {strategy: list(own) for strategy, own in self._own.items()}
+        num_steps = max(change.num_steps for change in self._changes if change.total >= _ALARM)
         for stats in list(self._recent)[-num_steps:]:
-            self._add(stats)
+            model._recent.append(stats)
+            model._add(stats)
+        model.look()
+        return model
+
+    def forget_alarm(self) -> None:
+        """Look for contradictions from here on."""
         for change in self._changes:
             change.clear()
 
@@ -200,8 +212,7 @@ class AcceptanceModel:
         """
         self.discount(min(keep, _NOTICED_ROWS / max(self.num_rows, 1.0)))
         self._doubt = _DOUBT_DEVIATION
-        for change in self._changes:
-            change.clear()
+        self.forget_alarm()
 
     def bound(self) -> None:
         """Let the oldest rows fade where there are more than matter."""
@@ -217,6 +228,16 @@ class AcceptanceModel:
         for offered, accepted in zip(self._offered[1:], self._accepted[1:], strict=True):
             levels.append(_drawn_towards(offered, accepted, levels[-1], _LEVEL_ROWS))
         return levels
+
+    def look(self) -> None:
+        """Bring `lengths` up to date."""
+        self.lengths = self.expected_lengths()
+        self._has_news = False
+
+    def look_if_news(self) -> None:
+        """The same, if steps were recorded since the last look."""
+        if self._has_news:
+            self.look()
 
     def expected_lengths(self) -> dict[DraftStrategy, AcceptLength]:
         """Of each strategy."""
@@ -277,7 +298,8 @@ class AcceptanceModel:
             "modelled": [self._modelled[strategy] for strategy in self._strategies],
             "changes": [[change.total, change.num_steps] for change in self._changes],
             "doubt": self._doubt,
-            "num_alarms": self.num_alarms,
+            "lengths": [list(astuple(self.lengths[strategy])) for strategy in self._strategies],
+            "has_news": self._has_news,
             "recent": [_plain(stats) for stats in self._recent],
         }
 
@@ -291,7 +313,9 @@ class AcceptanceModel:
         for change, (total, num_steps) in zip(self._changes, state["changes"], strict=True):
             change.total, change.num_steps = total, num_steps
         self._doubt = state["doubt"]
-        self.num_alarms = state["num_alarms"]
+        lengths = (AcceptLength(*length) for length in state["lengths"])
+        self.lengths = dict(zip(self._strategies, lengths, strict=True))
+        self._has_news = state["has_news"]
         self._recent = deque(map(_stats, state["recent"]), maxlen=_RECENT_STEPS)
 
 

@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple
 from typing import Any, NamedTuple
 
-from fastrl.rollout.acceptance_model import PLAIN_LENGTH, AcceptanceModel, AcceptLength
+from fastrl.rollout.acceptance_model import PLAIN_LENGTH, AcceptLength
 from fastrl.rollout.bandit_base import (
     DEFAULT_BATCH_THRESHOLDS,
     Bandit,
     MeasuredCost,
     check_keep,
 )
+from fastrl.rollout.bucket_acceptance import BucketAcceptance
 from fastrl.rollout.cost_model import CostModel
 from fastrl.rollout.engine import CostQuery
 from fastrl.types import DraftStrategy, StepStats
@@ -36,8 +36,8 @@ _MOST_STEPS_PER_DRAW = 8
 draft's length decides where the next begins, so that arms in turns yield less than one alone."""
 _STEPS_PER_EVIDENCE = 4
 """Steps of evidence, since a change, for each further step that a draw serves."""
-_MOST_STEPS_PER_REFRESH = 64
-"""Steps between two looks at the acceptance model, once these tell little new."""
+_STEPS_PER_REFRESH, _MOST_STEPS_PER_REFRESH = 8, 64
+"""Steps between two looks at the acceptance model; the latter once these tell little new."""
 _STEP_KEEP = 0.999
 """Share of what was seen of acceptance that a decode step leaves: arms that went unused for long
 are tried again."""
@@ -84,16 +84,14 @@ class ModelBased(Bandit):
             if not arm.is_off:
                 kinds.setdefault(arm.drafter, []).append(arm)
         self._kinds = list(kinds)
-        self._acceptance = {kind: AcceptanceModel(arms) for kind, arms in kinds.items()}
+        self._acceptance = {kind: BucketAcceptance(arms) for kind, arms in kinds.items()}
         self._cost = CostModel(len(self.arms), len(self.batch_thresholds), self._two_kinds)
-        self._lengths = [PLAIN_LENGTH] * len(self.arms)
         self._held: dict[int, int] = {}  # by bucket: the arm drawn that is believed the best
         self._steps_since_draw = 0
         self._steps_since_change = 0
         self._steps_since_refresh = 0
-        self._refresh_steps = 8
+        self._refresh_steps = _STEPS_PER_REFRESH
         self._steps_to_control = [_FIRST_CONTROL_STEPS] * len(self.batch_thresholds)
-        self._refresh()
 
     # -- costs ------------------------------------------------------------------------------------
 
@@ -141,7 +139,7 @@ class ModelBased(Bandit):
         """The arms that may be the best at a batch size, the likeliest first."""
         options = []
         for arm in candidates:
-            believed = self._lengths[arm]
+            believed = self._length(arm, bucket)
             options.append(
                 _Option(
                     arm,
@@ -190,29 +188,27 @@ class ModelBased(Bandit):
         started_anew = False
         if arm:
             acceptance = self._acceptance[stats.strategy.drafter]
-            started_anew = acceptance.record(stats)
+            started_anew = acceptance.record(bucket, stats)
             # A look costs more than a step's counts; it is worth it when they have grown.
-            interval = int(acceptance.num_rows / (8 * stats.batch_size))
-            self._refresh_steps = min(max(interval, 8), _MOST_STEPS_PER_REFRESH)
+            interval = int(acceptance.num_rows(bucket) / (8 * stats.batch_size))
+            interval = min(max(interval, _STEPS_PER_REFRESH), _MOST_STEPS_PER_REFRESH)
+            self._refresh_steps = interval
         steps_per_draw = min(
             1 + self._steps_since_change // _STEPS_PER_EVIDENCE, _MOST_STEPS_PER_DRAW
         )
         if started_anew or self._steps_since_refresh >= self._refresh_steps:
-            for model in self._acceptance.values():
-                model.discount(_STEP_KEEP**self._steps_since_refresh)
-                model.bound()
-            self._refresh()
+            for acceptance in self._acceptance.values():
+                acceptance.look(_STEP_KEEP**self._steps_since_refresh)
+            self._steps_since_refresh = 0
+            self._draw_anew()
             if started_anew:
                 self._steps_since_change = 0
         elif self._steps_since_draw >= steps_per_draw:
             self._draw_anew()
 
-    def _refresh(self) -> None:
-        for model in self._acceptance.values():
-            for strategy, length in model.expected_lengths().items():
-                self._lengths[self._arm_index[strategy]] = length
-        self._steps_since_refresh = 0
-        self._draw_anew()
+    def _length(self, arm: int, bucket: int) -> AcceptLength:
+        strategy = self.arms[arm]
+        return self._acceptance[strategy.drafter].lengths(bucket)[strategy] if arm else PLAIN_LENGTH
 
     def _draw_anew(self) -> None:
         self._held.clear()
@@ -221,11 +217,11 @@ class ModelBased(Bandit):
     def discount(self, keep: float) -> None:
         """Forget acceptance in part, after the policy or the drafter changed; times stay."""
         check_keep(keep)
-        for model in self._acceptance.values():
+        for acceptance in self._acceptance.values():
             if keep < 1:
-                model.take_notice(keep)
-        self._steps_since_change = 0
-        self._refresh()
+                acceptance.take_notice(keep)
+        self._steps_since_change = self._steps_since_refresh = 0
+        self._draw_anew()
 
     # -- what it believes -------------------------------------------------------------------------
 
@@ -234,22 +230,21 @@ class ModelBased(Bandit):
         for arm in self._candidates(batch_size):
             if self._cost.is_known(arm, bucket, batch_size):
                 seconds = self._cost.seconds(arm, bucket, batch_size)
-                rates[arm] = self._lengths[arm].mean / seconds
+                rates[arm] = self._length(arm, bucket).mean / seconds
         return {arm: rate / rates[0] for arm, rate in rates.items()} if 0 in rates else {}
 
     @property
     def num_alarms(self) -> int:
         """Changes of a drafter that were noticed without notice."""
-        return sum(model.num_alarms for model in self._acceptance.values())
+        return sum(acceptance.num_alarms for acceptance in self._acceptance.values())
 
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """All that further decisions depend on, in plain numbers, lists and strings."""
         return super().state_dict() | {
-            "acceptance": {kind: model.state_dict() for kind, model in self._acceptance.items()},
+            "acceptance": {kind: own.state_dict() for kind, own in self._acceptance.items()},
             "cost": self._cost.state_dict(),
-            "lengths": [list(astuple(length)) for length in self._lengths],
             "held": dict(self._held),
             "steps": {
                 "since_draw": self._steps_since_draw,
@@ -263,10 +258,9 @@ class ModelBased(Bandit):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave; raises ValueError for other arms, buckets or algorithm."""
         super().load_state_dict(state)
-        for kind, model in self._acceptance.items():
-            model.load_state_dict(state["acceptance"][kind])
+        for kind, acceptance in self._acceptance.items():
+            acceptance.load_state_dict(state["acceptance"][kind])
         self._cost.load_state_dict(state["cost"])
-        self._lengths = [AcceptLength(*length) for length in state["lengths"]]
         self._held = dict(state["held"])
         if any(self.arms[arm] in self._excluded for arm in self._held.values()):
             self._held.clear()

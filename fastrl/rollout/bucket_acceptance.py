@@ -1,0 +1,87 @@
+"""Acceptance of a drafter by bucket of batch sizes: one estimate, until a bucket shows another.
+
+All buckets share one `AcceptanceModel`. Where a bucket's steps contradict it (an alarm), that
+bucket gets one of its own, begun with those steps, and keeps it until its steps contradict that
+too. So the few rows that a rollout ends with, often the hardest, change no belief about the next
+rollout's full batch; and a drafter gone bad is told in each bucket by its own steps.
+
+Leaves out the estimate itself (acceptance_model.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastrl.rollout.acceptance_model import AcceptanceModel, AcceptLength
+from fastrl.types import DraftStrategy, StepStats
+
+
+class BucketAcceptance:
+    """Of one drafter.
+
+    Args:
+        strategies: all that it drafts for.
+    """
+
+    def __init__(self, strategies: Sequence[DraftStrategy]) -> None:
+        self._strategies = list(strategies)
+        self._shared = AcceptanceModel(strategies)
+        self._own: dict[int, AcceptanceModel] = {}  # by bucket
+        self.num_alarms = 0
+        """Contradictions so far: changes of the drafter, or of what it is asked."""
+
+    def _models(self) -> Iterator[AcceptanceModel]:
+        yield self._shared
+        yield from self._own.values()
+
+    def _model(self, bucket: int) -> AcceptanceModel:
+        return self._own.get(bucket, self._shared)
+
+    def record(self, bucket: int, stats: StepStats) -> bool:
+        """Learn from a step; whether the bucket's estimate became another one."""
+        model = self._model(bucket)
+        if not model.record(stats):
+            return False
+        self.num_alarms += 1
+        if self._own.pop(bucket, None) is None:
+            self._own[bucket] = model.begun_anew()
+        model.forget_alarm()
+        return True
+
+    def num_rows(self, bucket: int) -> float:
+        """Rows behind a bucket's estimate."""
+        return self._model(bucket).num_rows
+
+    def lengths(self, bucket: int) -> Mapping[DraftStrategy, AcceptLength]:
+        """What is believed of each strategy in a bucket, by the last look."""
+        return self._model(bucket).lengths
+
+    def look(self, keep: float) -> None:
+        """Bring beliefs up to date; older steps count for the share `keep`, none for too much."""
+        for model in self._models():
+            model.discount(keep)
+            model.bound()
+            model.look_if_news()
+
+    def take_notice(self, keep: float) -> None:
+        """Policy or drafter changed: see `AcceptanceModel.take_notice`."""
+        for model in self._models():
+            model.take_notice(keep)
+            model.look()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All estimates, in plain numbers, lists and strings."""
+        return {
+            "shared": self._shared.state_dict(),
+            "own": {bucket: model.state_dict() for bucket, model in self._own.items()},
+            "num_alarms": self.num_alarms,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self._shared.load_state_dict(state["shared"])
+        self._own = {bucket: AcceptanceModel(self._strategies) for bucket in state["own"]}
+        for bucket, model in self._own.items():
+            model.load_state_dict(state["own"][bucket])
+        self.num_alarms = state["num_alarms"]
