@@ -235,7 +235,7 @@ def heat_maps(logger: TensorBoardLogger) -> dict[int, bytes]:
 
 
 class Validated(FakeRollouts):
-    """Validates on a batch of ones; fails there, if it is to: after the step, before its picture."""
+    """Validates on a batch of ones, or fails there: after the step, before its picture."""
 
     def __init__(self, num_rl_steps: int, fails: bool = False) -> None:
         super().__init__(FakeEngine(), num_rl_steps)
