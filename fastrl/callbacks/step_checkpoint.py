@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fastrl.callbacks.stop_signals import StopSignals
+from fastrl.callbacks.tensorboard import write_summary
 from fastrl.types import PolicySource, RolloutBatch
 
 FOLDER = "checkpoints"
@@ -52,6 +53,7 @@ class StepCheckpoint(Checkpoint):
         # What that step logs: to the loggers only after its hooks, and so after its checkpoint.
         self._unlogged: dict[str, float] = {}
         self._logged_early: dict[str, float] = {}
+        self._unlogged_summaries: list[bytes] = []
 
     def log_again(self, scalars: Mapping[str, float]) -> None:
         """Take what the loggers have been given in a training step's own hooks.
@@ -60,6 +62,10 @@ class StepCheckpoint(Checkpoint):
         it anew.
         """
         self._logged_early.update(scalars)
+
+    def write_again(self, summary: bytes) -> None:
+        """The same for what TensorBoard alone shows, as a serialized `Summary`."""
+        self._unlogged_summaries.append(summary)
 
     # Hooks. Lightning calls a Checkpoint's after all other callbacks'.
 
@@ -76,6 +82,8 @@ class StepCheckpoint(Checkpoint):
         self._saved = (self._finished_step, True)  # what a run starts from needs no saving
         for logger in trainer.loggers if self._unlogged else ():
             logger.log_metrics(self._unlogged, step=self._finished_step)
+        for summary in self._unlogged_summaries:
+            write_summary(trainer, summary, self._finished_step)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_validated = True
@@ -85,7 +93,7 @@ class StepCheckpoint(Checkpoint):
     ) -> None:
         self._signals.release()  # of the end of an epoch, whose counters no resumed run understands
         self._signals.hold()
-        self._unlogged, self._logged_early = {}, {}
+        self._unlogged, self._logged_early, self._unlogged_summaries = {}, {}, []
 
     def on_train_batch_end(
         self,
@@ -105,7 +113,7 @@ class StepCheckpoint(Checkpoint):
         self._signals.release()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._unlogged = {}
+        self._unlogged, self._unlogged_summaries = {}, []
         self._signals.release()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +127,7 @@ class StepCheckpoint(Checkpoint):
             self._remove_old()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._unlogged = {}
+        self._unlogged, self._unlogged_summaries = {}, []
         self._is_validated = True
         self._save(trainer, pl_module)
         self._is_training = False
@@ -138,12 +146,13 @@ class StepCheckpoint(Checkpoint):
             rank_zero_info(f"go on with --ckpt_path last ({self._folder / LAST})")
 
     def state_dict(self) -> dict[str, Any]:
-        """What the saved step logs after it is saved."""
-        return {"unlogged": self._unlogged}
+        """What the saved step logs after it is saved, or logged before and a resumed run hides."""
+        return {"unlogged": self._unlogged, "unlogged_summaries": self._unlogged_summaries}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it until training starts."""
         self._unlogged = state_dict["unlogged"]
+        self._unlogged_summaries = state_dict["unlogged_summaries"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
