@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -26,6 +26,13 @@ from fastrl.types import PolicySource, RolloutBatch
 
 FOLDER = "checkpoints"
 LAST = "last.ckpt"
+
+
+class _StepSource(Protocol):
+    """What this callback asks of the datamodule."""
+
+    num_steps: int
+    """RL steps an epoch."""
 
 
 class StepCheckpoint(Checkpoint):
@@ -173,6 +180,25 @@ class StepCheckpoint(Checkpoint):
         for counts in (validation["total"], validation["current"]):
             counts.update(ready=begun, started=begun, processed=0, completed=0)
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with an epoch that is through, if it has more RL steps now.
+
+        Lightning's counters would make a run that ended with it end at once.
+        """
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.state.fn != TrainerFn.FITTING or datamodule is None:
+            return
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        steps = fit_loop["epoch_loop.batch_progress"]
+        num_steps = _num_steps(cast(_StepSource, datamodule).num_steps, trainer.limit_train_batches)
+        if not steps["is_last_batch"] or num_steps <= _finished(steps):
+            return
+        steps["is_last_batch"] = False
+        for counts in fit_loop["epoch_progress"].values():
+            counts.update(processed=counts["ready"] - 1, completed=counts["ready"] - 1)
+
     # Saving
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,6 +240,11 @@ def _to_be_logged(trainer: Trainer) -> dict[str, float]:
         return {}
     metrics = connector.metrics["log"]
     return {name: float(value) for name, value in metrics.items() if name != "step"}
+
+
+def _num_steps(num_steps: int, limit: int | float) -> int:
+    """RL steps an epoch, under trainer.limit_train_batches: a number of them or a share."""
+    return min(num_steps, limit) if isinstance(limit, int) else int(num_steps * limit)
 
 
 def _finished(progress: dict[str, Any]) -> int:
