@@ -41,7 +41,8 @@ class LastRun:
         check_intact(self.checkpoint)
         checkpoint = torch.load(self.checkpoint, weights_only=True, mmap=True)
         # A step saved before it was logged is logged again, if it was at all.
-        is_logged = not checkpoint["callbacks"].get("StepCheckpoint", {}).get("unlogged")
+        state = checkpoint["callbacks"].get("StepCheckpoint", {})
+        is_logged = not (state.get("unlogged") or state.get("unlogged_summaries"))
         first_step = checkpoint["rl_step"] + is_logged
         root, version = self.folder.parent.parent, self.folder.name.removeprefix("version_")
         return TensorBoardLogger(root, name=_LOGS, version=int(version), purge_step=first_step)

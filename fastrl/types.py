@@ -249,10 +249,14 @@ class EngineStats:
     accepted_tokens: int = 0
     """Tokens emitted by those rows, the bonus token of each included."""
     offered_by_depth: tuple[int, ...] = ()
-    """Rows and steps whose strategy drafts to depth d + 1 and whose tokens were accepted up to d
-    (whether or not the pruned tree had a node below the accepted one)."""
+    """Rows and steps whose strategy has the learned drafter draft to depth d + 1 and whose tokens
+    were accepted up to d (whether or not the pruned tree had a node below the accepted one)."""
     accepted_by_depth: tuple[int, ...] = ()
     """Those among them that accepted a draft token at depth d + 1."""
+    ngram_offered_by_depth: tuple[int, ...] = ()
+    """As offered_by_depth, of n-gram strategies (whether or not they found anything to draft)."""
+    ngram_accepted_by_depth: tuple[int, ...] = ()
+    """As accepted_by_depth, of n-gram strategies."""
     drafter_failures: tuple[str, ...] = ()
     """Learned drafters found bad during the call, or since the one before: which, and why."""
 
@@ -260,12 +264,6 @@ class EngineStats:
     def accept_length(self) -> float:
         """Mean tokens emitted per row and speculative step, bonus token included; 1 with none."""
         return self.accepted_tokens / self.row_steps if self.row_steps else 1.0
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Share of offered draft depths that were accepted; 0 with none offered."""
-        offered = sum(self.offered_by_depth)
-        return sum(self.accepted_by_depth) / offered if offered else 0.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastrl.callbacks import StepCheckpoint
 from fastrl.cli import main
 from fastrl.last_run import find_last_run
 from fastrl.types import RolloutBatch
@@ -108,6 +109,47 @@ def test_a_step_saved_before_it_was_logged_is_logged_by_the_resumed_run(
     main(fit)
     for tag in ("rollout/num_tokens", "drafter/accept_depth_1"):
         assert logged(run)[tag] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def shown(events_path: Path) -> dict[str, list[tuple[int, Any]]]:
+    """Steps and contents of histograms and texts, in a run's folder or in one event file."""
+    events = EventAccumulator(str(events_path), size_guidance={"histograms": 0, "tensors": 0})
+    events.Reload()
+    lengths = events.Histograms("rollout/response_lengths")
+    texts = events.Tensors("rollout/samples/text_summary")
+    return {
+        "lengths": [(event.step, event.histogram_value) for event in lengths],
+        "texts": [(event.step, event.tensor_proto.string_val[0]) for event in texts],
+    }
+
+
+def test_histograms_and_texts_of_a_step_that_is_hidden_are_written_again(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the seventh step, and once more between resuming and the next one: the checkpoint
+    is that of the fifth. Texts are read by file: only TensorBoard itself hides texts."""
+    fit = [
+        *("fit", *command, "--trainer.val_check_interval=7"),
+        "--data=tests.callbacks.test_text_samples.Rollouts",
+        "--data.init_args.num_steps=7",
+        "--trainer.callbacks+=fastrl.callbacks.TextSamples",
+        "--trainer.callbacks.every_n_steps=1",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(StepCheckpoint, "on_exception", lambda *_: None)  # as SIGKILL leaves it
+        for fail_at in (7, 6):
+            with pytest.raises(ValueError, match="this step fails"):
+                main([*fit, f"--model.init_args.fail_at={fail_at}"])
+            next_second()
+    main(fit)
+    (run,) = tmp_path.glob("lightning_logs/*")
+    assert [step for step, _ in shown(run)["lengths"]] == [1, 2, 3, 4, 5, 6, 7]
+    first, second, last = map(shown, sorted(run.glob("events*")))
+    for kind, steps in first.items():
+        assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6]
+        assert second[kind] == [steps[4]]
+        assert [step for step, _ in last[kind]] == [5, 6, 7]
+        assert last[kind][:2] == steps[4:]
 
 
 def test_a_path_begins_a_new_folder(command: list[str], tmp_path: Path) -> None:

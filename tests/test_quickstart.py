@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastrl.callbacks import DrafterTraining
 from fastrl.cli import FastRLCLI
 from fastrl.types import RolloutBatch
 
@@ -171,6 +172,36 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
     theirs = weights(undisturbed_cli)
     for name, tensor in weights(resumed_cli).items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_run_that_is_through_goes_on_when_it_is_given_more_steps(tmp_path: Path) -> None:
+    """Three steps at once, or two and then one: the same tokens, rewards, weights and drafter."""
+
+    def run(folder: str, num_steps: int) -> tuple[FastRLCLI, BatchRecorder]:
+        return run_quickstart(
+            tmp_path / folder,
+            f"--data.init_args.num_steps={num_steps}",
+            "--trainer.val_check_interval=1.0",
+            "--ckpt_path=last",
+        )
+
+    def drafter(cli: FastRLCLI) -> dict[str, torch.Tensor]:
+        (training,) = (c for c in cli.trainer.callbacks if isinstance(c, DrafterTraining))
+        return training.state_dict()["drafter"]
+
+    whole_cli, whole = run("whole", 3)
+    run("parts", 2)
+    longer_cli, longer = run("parts", 3)
+    (ours,) = longer.batches
+    assert ours.rl_step == 2
+    assert torch.equal(ours.tokens_BT, whole.batches[2].tokens_BT)
+    assert torch.equal(ours.rewards_B, whole.batches[2].rewards_B)
+    for mine, theirs in (
+        (weights(longer_cli), weights(whole_cli)),
+        (drafter(longer_cli), drafter(whole_cli)),
+    ):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.tensorboard.summary import histogram
 
+from fastrl.callbacks.step_summaries import log_step_summary
 from fastrl.callbacks.tensorboard import tensorboard_writers
 from fastrl.types import PolicySource, RolloutBatch
 
@@ -31,12 +33,13 @@ class RolloutHistograms(Callback):
         batch_idx: int,
     ) -> None:
         """Write the step's histograms."""
-        if not (writers := tensorboard_writers(trainer)):
+        if not tensorboard_writers(trainer):
             return
         rl_step = cast(PolicySource, pl_module).rl_step
         for tag, lengths in histograms(batch).items():
-            for writer in writers:
-                writer.add_histogram(tag, np.array(lengths), rl_step, bins=integer_bins(lengths))
+            bins = integer_bins(lengths)
+            summary = histogram(tag, np.array(lengths), bins)  # type: ignore[no-untyped-call]
+            log_step_summary(trainer, summary, rl_step)
 
 
 def histograms(batch: RolloutBatch) -> dict[str, Sequence[int]]:

@@ -7,6 +7,7 @@ update (PolicyModule), the drafter's training, the bandit. Always on: FastRLCLI 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -70,21 +71,33 @@ def rollout_scalars(batch: RolloutBatch) -> dict[str, float]:
 
 
 def acceptance_scalars(stats: EngineStats) -> dict[str, float]:
-    """`drafter/` figures of a step; none for a step (or a depth) that offered no draft.
+    """`drafter/` figures of a step; none for a drafter (or a depth) that was not asked.
 
     `accept_depth_d` is the share of rows that accepted a draft token at depth d, among those whose
-    strategy drafts to depth d and which accepted all shallower depths.
+    strategy has the learned drafter draft to depth d and which accepted all shallower depths;
+    `ngram_accept_depth_d` is the same of n-gram strategies.
     """
-    if not stats.row_steps:
+    return {
+        **_depth_shares("drafter/", stats.offered_by_depth, stats.accepted_by_depth),
+        **_depth_shares(
+            "drafter/ngram_", stats.ngram_offered_by_depth, stats.ngram_accepted_by_depth
+        ),
+    }
+
+
+def _depth_shares(
+    prefix: str, offered_by_depth: Sequence[int], accepted_by_depth: Sequence[int]
+) -> dict[str, float]:
+    """The share of all depths together, and of each, from 1."""
+    if not (num_offered := sum(offered_by_depth)):
         return {}
+    counts = zip(accepted_by_depth, offered_by_depth, strict=True)
     by_depth = {
-        f"drafter/accept_depth_{depth}": accepted / offered
-        for depth, (accepted, offered) in enumerate(
-            zip(stats.accepted_by_depth, stats.offered_by_depth, strict=True), start=1
-        )
+        f"{prefix}accept_depth_{depth}": accepted / offered
+        for depth, (accepted, offered) in enumerate(counts, start=1)
         if offered
     }
-    return {"drafter/acceptance_rate": stats.acceptance_rate, **by_depth}
+    return {f"{prefix}acceptance_rate": sum(accepted_by_depth) / num_offered, **by_depth}
 
 
 def speculative_steps(stats: EngineStats) -> int:

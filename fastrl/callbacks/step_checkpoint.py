@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -21,10 +21,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fastrl.callbacks.stop_signals import StopSignals
+from fastrl.callbacks.tensorboard import write_summary
 from fastrl.types import PolicySource, RolloutBatch
 
 FOLDER = "checkpoints"
 LAST = "last.ckpt"
+
+
+class _StepSource(Protocol):
+    """What this callback asks of the datamodule."""
+
+    num_steps: int
+    """RL steps an epoch."""
 
 
 class StepCheckpoint(Checkpoint):
@@ -52,6 +60,7 @@ class StepCheckpoint(Checkpoint):
         # What that step logs: to the loggers only after its hooks, and so after its checkpoint.
         self._unlogged: dict[str, float] = {}
         self._logged_early: dict[str, float] = {}
+        self._unlogged_summaries: list[bytes] = []
 
     def log_again(self, scalars: Mapping[str, float]) -> None:
         """Take what the loggers have been given in a training step's own hooks.
@@ -60,6 +69,10 @@ class StepCheckpoint(Checkpoint):
         it anew.
         """
         self._logged_early.update(scalars)
+
+    def write_again(self, summary: bytes) -> None:
+        """The same for what TensorBoard alone shows, as a serialized `Summary`."""
+        self._unlogged_summaries.append(summary)
 
     # Hooks. Lightning calls a Checkpoint's after all other callbacks'.
 
@@ -76,6 +89,8 @@ class StepCheckpoint(Checkpoint):
         self._saved = (self._finished_step, True)  # what a run starts from needs no saving
         for logger in trainer.loggers if self._unlogged else ():
             logger.log_metrics(self._unlogged, step=self._finished_step)
+        for summary in self._unlogged_summaries:
+            write_summary(trainer, summary, self._finished_step)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_validated = True
@@ -85,7 +100,7 @@ class StepCheckpoint(Checkpoint):
     ) -> None:
         self._signals.release()  # of the end of an epoch, whose counters no resumed run understands
         self._signals.hold()
-        self._unlogged, self._logged_early = {}, {}
+        self._unlogged, self._logged_early, self._unlogged_summaries = {}, {}, []
 
     def on_train_batch_end(
         self,
@@ -105,7 +120,7 @@ class StepCheckpoint(Checkpoint):
         self._signals.release()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._unlogged = {}
+        self._unlogged, self._unlogged_summaries = {}, []
         self._signals.release()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +134,7 @@ class StepCheckpoint(Checkpoint):
             self._remove_old()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._unlogged = {}
+        self._unlogged, self._unlogged_summaries = {}, []
         self._is_validated = True
         self._save(trainer, pl_module)
         self._is_training = False
@@ -138,12 +153,13 @@ class StepCheckpoint(Checkpoint):
             rank_zero_info(f"go on with --ckpt_path last ({self._folder / LAST})")
 
     def state_dict(self) -> dict[str, Any]:
-        """What the saved step logs after it is saved."""
-        return {"unlogged": self._unlogged}
+        """What the saved step logs after it is saved, or logged before and a resumed run hides."""
+        return {"unlogged": self._unlogged, "unlogged_summaries": self._unlogged_summaries}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it until training starts."""
         self._unlogged = state_dict["unlogged"]
+        self._unlogged_summaries = state_dict["unlogged_summaries"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -163,6 +179,25 @@ class StepCheckpoint(Checkpoint):
         validation = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
         for counts in (validation["total"], validation["current"]):
             counts.update(ready=begun, started=begun, processed=0, completed=0)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with an epoch that is through, if it has more RL steps now.
+
+        Lightning's counters would make a run that ended with it end at once.
+        """
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.state.fn != TrainerFn.FITTING or datamodule is None:
+            return
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        steps = fit_loop["epoch_loop.batch_progress"]
+        num_steps = _num_steps(cast(_StepSource, datamodule).num_steps, trainer.limit_train_batches)
+        if not steps["is_last_batch"] or num_steps <= _finished(steps):
+            return
+        steps["is_last_batch"] = False
+        for counts in fit_loop["epoch_progress"].values():
+            counts.update(processed=counts["ready"] - 1, completed=counts["ready"] - 1)
 
     # Saving
 
@@ -205,6 +240,11 @@ def _to_be_logged(trainer: Trainer) -> dict[str, float]:
         return {}
     metrics = connector.metrics["log"]
     return {name: float(value) for name, value in metrics.items() if name != "step"}
+
+
+def _num_steps(num_steps: int, limit: int | float) -> int:
+    """RL steps an epoch, under trainer.limit_train_batches: a number of them or a share."""
+    return min(num_steps, limit) if isinstance(limit, int) else int(num_steps * limit)
 
 
 def _finished(progress: dict[str, Any]) -> int:

@@ -11,7 +11,8 @@ Leaves out how a strategy is chosen (fastrl/rollout/bandit.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol, cast
 
@@ -21,10 +22,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.callbacks.strategy_heat_map import heat_map
 from fastrl.callbacks.tensorboard import tensorboard_writers
-from fastrl.rollout.bandit import Bandit, BanditReport
+from fastrl.rollout.bandit import Bandit, BanditReport, BucketReport
 from fastrl.rollout.bandit_base import MeasuredCost
 from fastrl.rollout.engine import RolloutEngine
-from fastrl.types import PolicySource, RolloutBatch, StepStats
+from fastrl.types import DraftStrategy, PolicySource, RolloutBatch, StepStats
 
 
 class _RolloutSource(Protocol):
@@ -123,16 +124,24 @@ class StrategyAdaptation(Callback):
         self.bandit.journal = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The bandit, and which policy its beliefs are of."""
+        """The bandit, which policy its beliefs are of, and the RL step that is not drawn yet."""
+        drawable = None
+        if self._last_report is not None:
+            rl_step, report = self._last_report
+            drawable = {"rl_step": rl_step, "report": plain_report(report)}
         return {
             "bandit": self.bandit.state_dict(),
             "seen_policy_version": self._seen_policy_version,
+            "last_report": drawable,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
         self.bandit.load_state_dict(state_dict["bandit"])
         self._seen_policy_version = state_dict["seen_policy_version"]
+        self._last_report = None
+        if drawable := state_dict["last_report"]:
+            self._last_report = (drawable["rl_step"], restored_report(drawable["report"]))
         if self._shared_state is not None:
             self._remember_shared()
 
@@ -143,6 +152,28 @@ def in_turns(
     """One entry of each rank after the other, so that no rank's fill the newest places alone."""
     for round_of_entries in zip_longest(*journals):
         yield from (entry for entry in round_of_entries if entry is not None)
+
+
+def plain_report(report: BanditReport) -> dict[str, Any]:
+    """The report in plain numbers, strings and dicts."""
+    buckets = {
+        name: dataclasses.asdict(bucket)
+        | {"best": None if bucket.best is None else str(bucket.best)}
+        for name, bucket in report.buckets.items()
+    }
+    return dataclasses.asdict(report) | {"buckets": buckets}
+
+
+def restored_report(plain: Mapping[str, Any]) -> BanditReport:
+    """What `plain_report` was given."""
+    buckets = {
+        name: BucketReport(
+            **bucket
+            | {"best": None if bucket["best"] is None else DraftStrategy.parse(bucket["best"])}
+        )
+        for name, bucket in plain["buckets"].items()
+    }
+    return BanditReport(**{**plain, "buckets": buckets})
 
 
 def report_scalars(report: BanditReport) -> dict[str, float]:

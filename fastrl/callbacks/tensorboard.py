@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -14,3 +15,10 @@ def tensorboard_writers(trainer: Trainer) -> list[SummaryWriter]:
     return [
         logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)
     ]
+
+
+def write_summary(trainer: Trainer, serialized: bytes, rl_step: int) -> None:
+    """Write a serialized `Summary` to all of them, as their `add_...` methods do theirs."""
+    for writer in tensorboard_writers(trainer):
+        file_writer = writer._get_file_writer()  # type: ignore[no-untyped-call]
+        file_writer.add_summary(Summary.FromString(serialized), rl_step)

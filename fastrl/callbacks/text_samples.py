@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.tensorboard.summary import text
 from transformers import PreTrainedTokenizerBase
 
 from fastrl.callbacks.marked_text import escape, marked_html, paragraph
+from fastrl.callbacks.step_summaries import log_step_summary
 from fastrl.callbacks.tensorboard import tensorboard_writers
 from fastrl.types import PolicySource, RewardResult, Rollout, RolloutBatch
 
@@ -60,16 +62,16 @@ class TextSamples(Callback):
         rl_step = cast(PolicySource, pl_module).rl_step
         if (rl_step - 1) % self.every_n_steps or not batch.rollouts:
             return
-        if not (writers := tensorboard_writers(trainer)):
+        if not tensorboard_writers(trainer):
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = cast(_TokenizerSource, datamodule).tokenizer
-        text = "\n\n<hr>\n\n".join(
+        samples = "\n\n<hr>\n\n".join(
             self._sample(tokenizer, batch.rollouts[row], batch.reward_results[row])
             for row in chosen_rows(batch, self.num_samples)
         )
-        for writer in writers:
-            writer.add_text(TAG, text, rl_step)
+        summary = text(TAG, samples)  # type: ignore[no-untyped-call]
+        log_step_summary(trainer, summary, rl_step)
 
     def _sample(
         self, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, result: RewardResult

@@ -20,7 +20,7 @@ from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
 from fastrl.model_files import resolve_model
@@ -176,6 +176,10 @@ class PolicyModule(LightningModule, ABC):
             num_rl_steps = count_rl_steps(self.trainer, self.updates_per_step)
         optimizer, scheduler = self.optimizer_settings.build(self.policy.parameters(), num_rl_steps)
         return [optimizer], [scheduler]
+
+    def on_train_start(self) -> None:
+        """A resumed run goes on under its own learning rate, weight decay and schedule."""
+        self.optimizer_settings.apply_to(cast(LambdaLR, self.lr_schedulers()))
 
     @property
     def updates_per_step(self) -> int:

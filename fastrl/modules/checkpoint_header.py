@@ -15,9 +15,10 @@ from fastrl.rollout.architecture import architecture, differences
 
 KEY = "fastrl"
 """Where the header is in a checkpoint."""
-FORMAT = 2
+FORMAT = 3
 """Grows with a change of any part's state after which code and checkpoint do not understand one
-another. 2: what the model-based bandit keeps of acceptance and step times, by bucket."""
+another. 2: what the model-based bandit keeps of acceptance and step times, by bucket. 3: a step's
+histograms and texts, and its heat map, if it is not drawn yet."""
 
 
 def make_header(algorithm: type, config: PretrainedConfig) -> dict[str, Any]:

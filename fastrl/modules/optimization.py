@@ -67,6 +67,17 @@ class OptimizerSettings:
         optimizer = AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.lr_factor(step, num_rl_steps))
 
+    def apply_to(self, scheduler: LambdaLR) -> None:
+        """Have the next step taken under these settings, not under those of a restored state.
+
+        Args:
+            scheduler: of `build`; its state and its optimizer's may be of a run with others.
+        """
+        (group,) = scheduler.optimizer.param_groups
+        (factor,) = (of_step(scheduler.last_epoch) for of_step in scheduler.lr_lambdas)
+        group.update(lr=self.lr * factor, initial_lr=self.lr, weight_decay=self.weight_decay)
+        scheduler.base_lrs, scheduler._last_lr = [self.lr], [self.lr * factor]
+
     def lr_factor(self, step: int, num_rl_steps: float) -> float:
         """Share of the peak learning rate in RL step `step`, from 0; never 0 before the end."""
         if step < self.warmup_steps:

@@ -69,7 +69,8 @@ class BanditReport:
     gain: float | None
     """Measured over all steps: seconds that `off` would have needed over seconds taken."""
     regret_share: float
-    """Share of the period's decode time lost against each bucket's best arm, as now believed."""
+    """Share of the period's decode time lost against each bucket's best arm that may run now, as
+    now believed."""
     regret_s: float
     """Seconds lost so since the start."""
     buckets: Mapping[str, BucketReport]
@@ -194,7 +195,7 @@ class Bandit(ABC):
     def start_period(self) -> None:
         """Count decisions and gains from here on; the regret so far is settled by what is believed
         now."""
-        self._past_regret_s += self._meter.lost_seconds(self._believed_by_bucket())
+        self._past_regret_s += self._lost_seconds(self._believed_by_bucket())
         self._meter.start_period()
         self._clear_period()
 
@@ -208,11 +209,28 @@ class Bandit(ABC):
         meter = self._meter
         return {b: self._believed_gains(b, meter.batch_size(b)) for b in meter.buckets}
 
+    def _lost_seconds(self, believed: Mapping[int, Mapping[int, float]]) -> float:
+        """Of this period, against the best arms that may run now."""
+        barred = {bucket: self._barred_gains(bucket, gains) for bucket, gains in believed.items()}
+        return self._meter.lost_seconds(believed, barred)
+
+    def _barred_gains(self, bucket: int, allowed: Collection[int]) -> dict[int, float]:
+        """Of arms that ran this period and were excluded since: by the tokens that they yielded,
+        since what is believed of them may be from before they failed, and their usual times."""
+        batch_size = self._meter.batch_size(bucket)
+        off_seconds = self._usual_seconds(0, bucket, batch_size)
+        gains = {}
+        for arm, length in self._meter.accept_lengths(bucket).items():
+            seconds = self._usual_seconds(arm, bucket, batch_size)
+            if arm not in allowed and off_seconds and seconds:
+                gains[arm] = length * off_seconds / seconds
+        return gains
+
     def report(self) -> BanditReport:
         """This period's decisions and gains, and the present beliefs, for logging."""
         by_arm = [sum(counts) for counts in zip(*self._period_choices, strict=True)]
         believed = self._believed_by_bucket()
-        lost_seconds = self._meter.lost_seconds(believed)
+        lost_seconds = self._lost_seconds(believed)
         return BanditReport(
             num_decisions=sum(by_arm),
             explore_share=self._period_explored / max(sum(by_arm), 1),

@@ -155,17 +155,35 @@ class GainMeter:
         total = sum(spent.values())
         return sum(spent[arm] * gain for arm, gain in arm_gains.items()) / total if total else None
 
-    def lost_seconds(self, arm_gains_by_bucket: Mapping[int, Mapping[int, float]]) -> float:
+    def accept_lengths(self, bucket: int) -> dict[int, float]:
+        """Mean tokens a row and step, by arm run in the bucket this period."""
+        return {
+            arm: sums.tokens_per_row / sums.num_steps
+            for arm, sums in enumerate(self._sums[bucket])
+            if sums.num_steps
+        }
+
+    def lost_seconds(
+        self,
+        arm_gains_by_bucket: Mapping[int, Mapping[int, float]],
+        barred_gains_by_bucket: Mapping[int, Mapping[int, float]],
+    ) -> float:
         """Seconds of the period lost against the best arms.
 
         Args:
-            arm_gains_by_bucket: what is believed of every arm, now that the period is over.
+            arm_gains_by_bucket: what is believed of every arm that may run, now that the period is
+                over; empty where nothing is known.
+            barred_gains_by_bucket: what others gained that ran in it; nothing was lost on those
+                that gained more than the best of the former would have.
         """
-        return sum(
-            self._sums[bucket][arm].seconds * (1 - gain / max(arm_gains.values()))
-            for bucket, arm_gains in arm_gains_by_bucket.items()
-            for arm, gain in arm_gains.items()
-        )
+        lost = 0.0
+        for bucket, arm_gains in arm_gains_by_bucket.items():
+            if not arm_gains:
+                continue
+            best = max(arm_gains.values())
+            for arm, gain in (*arm_gains.items(), *barred_gains_by_bucket[bucket].items()):
+                lost += self._sums[bucket][arm].seconds * max(1 - gain / best, 0.0)
+        return lost
 
     @property
     def total_seconds(self) -> float:

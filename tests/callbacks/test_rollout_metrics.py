@@ -27,6 +27,8 @@ STATS = EngineStats(
     accepted_tokens=40,
     offered_by_depth=(25, 10, 0),
     accepted_by_depth=(10, 5, 0),
+    ngram_offered_by_depth=(8, 2),
+    ngram_accepted_by_depth=(2, 2),
     drafter_failures=("version 3: weights", "version 4: weights"),
 )
 
@@ -59,12 +61,20 @@ def test_acceptance_is_a_share_of_what_was_offered_at_each_depth() -> None:
         "drafter/acceptance_rate": pytest.approx(15 / 35),
         "drafter/accept_depth_1": 0.4,
         "drafter/accept_depth_2": 0.5,
+        "drafter/ngram_acceptance_rate": 0.4,
+        "drafter/ngram_accept_depth_1": 0.25,
+        "drafter/ngram_accept_depth_2": 1,
     }
 
 
-def test_a_step_without_drafts_says_nothing_of_the_drafter() -> None:
+def test_a_step_without_drafts_of_a_drafter_says_nothing_of_it() -> None:
     plain = EngineStats(num_tokens=3, num_steps=3, seconds=1, steps_by_strategy={"off": 3})
     assert acceptance_scalars(plain) == {}
+    ngram = EngineStats(row_steps=2, ngram_offered_by_depth=(2,), ngram_accepted_by_depth=(0,))
+    assert acceptance_scalars(ngram) == {
+        "drafter/ngram_acceptance_rate": 0,
+        "drafter/ngram_accept_depth_1": 0,
+    }
     scalars = rollout_scalars(make_batch(plain))
     assert scalars["rollout/spec_steps_share"] == 0
     assert scalars["rollout/accept_length"] == 1

@@ -187,6 +187,45 @@ def test_a_run_stopped_in_any_hook_goes_on_as_if_it_had_not_been(
         assert num_repeated == 0 or (num_repeated == 1 and "max_epochs" in run), stop_at
 
 
+LONGER_RUNS = {
+    "no validation": ({"num_steps": 3, "limit_val_batches": 0}, 4),
+    "validation at the end": ({"num_steps": 2}, 3),
+    "validation on the way": ({"num_steps": 3, "val_check_interval": 2}, 6),
+    "validation on the way and at the end": ({"num_steps": 4, "val_check_interval": 2}, 5),
+}
+
+
+@pytest.mark.parametrize(("run", "num_steps"), LONGER_RUNS.values(), ids=LONGER_RUNS.keys())
+def test_a_run_that_is_through_goes_on_when_it_is_given_more_steps(
+    tmp_path: Path, run: dict[str, Any], num_steps: int
+) -> None:
+    """From each of its last checkpoints, as the longer run does."""
+    longer = run | {"num_steps": num_steps}
+    whole, through = Recorder(), Recorder()
+    fit(tmp_path / "whole", whole, **longer)
+    copies = fit(tmp_path / "through", through, **run).copies
+    first = next(i for i, event in enumerate(whole.events) if event[1] > run["num_steps"])
+    for copy, num_events in copies:
+        if num_events < len(through.events):
+            continue
+        assert resume(tmp_path / copy.stem, copy, longer) == whole.events[first:], copy
+        assert resume(tmp_path / copy.stem, copy, run) == []
+
+
+def test_more_steps_an_epoch_are_taken_in_the_last_one_and_those_to_come(tmp_path: Path) -> None:
+    run: dict[str, Any] = {"num_steps": 2, "max_epochs": 2, "limit_val_batches": 0}
+    fit(tmp_path, Recorder(), **run)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    more = run | {"num_steps": 5}
+    assert [e[1] for e in resume(tmp_path / "more", last, more)] == [5, 6, 7]
+    limited = more | {"limit_train_batches": 3}
+    assert [e[1] for e in resume(tmp_path / "limited", last, limited)] == [5]
+    share = more | {"limit_train_batches": 0.6}
+    assert [e[1] for e in resume(tmp_path / "share", last, share)] == [5]
+    epochs = more | {"max_epochs": 3}
+    assert [e[1] for e in resume(tmp_path / "epochs", last, epochs)] == [*range(5, 13)]
+
+
 def test_last_is_written_every_n_steps_and_validations_are_kept(tmp_path: Path) -> None:
     recorder = Recorder()
     run = {"num_steps": 13, "val_check_interval": 3, "every_n_steps": 4}

@@ -15,6 +15,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,6 +28,7 @@ from fastrl.rollout.bandit import (
     BucketReport,
     EpsilonGreedy,
     FixedStrategy,
+    Predefined,
 )
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.model_bandit import ModelBased
@@ -222,6 +225,62 @@ def test_resumed_run_chooses_as_the_uninterrupted_one(
     assert resumed.state_dict() == whole.state_dict()
 
 
+def heat_maps(logger: TensorBoardLogger) -> dict[int, bytes]:
+    """Pictures by RL step."""
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
+    events.Reload()
+    images = events.Images("bandit/heat_map")
+    assert len({image.step for image in images}) == len(images)
+    return {image.step: image.encoded_image_string for image in images}
+
+
+class Validated(FakeRollouts):
+    """Validates on a batch of ones, or fails there: after the step, before its picture."""
+
+    def __init__(self, num_rl_steps: int, fails: bool = False) -> None:
+        super().__init__(FakeEngine(), num_rl_steps)
+        self.fails = fails
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(cast(Dataset[Tensor], [0]), collate_fn=self.one_or_none, batch_size=None)
+
+    def one_or_none(self, _: Any) -> Tensor:
+        if self.fails:
+            raise RuntimeError("killed")
+        return torch.ones(1)
+
+
+class ValidatedPolicy(TinyPolicy):
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Nothing to measure."""
+
+
+@pytest.mark.parametrize("best_is_known", [True, False])
+def test_a_step_saved_before_its_heat_map_is_drawn_by_the_resumed_run(
+    tmp_path: Path, best_is_known: bool
+) -> None:
+    """The same picture as in the run that went on; without `off`, no arm is known to be best."""
+
+    def run(name: str, *, fails: bool = False, **options: Any) -> dict[int, bytes]:
+        logger = TensorBoardLogger(tmp_path, name=name)
+        callback = StrategyAdaptation(
+            Predefined({1: "4_2_8", 2: "off" if best_is_known else "4_2_8"})
+        )
+        saver = ModelCheckpoint(dirpath=tmp_path / name, filename="{step}", every_n_train_steps=1)
+        policy = ValidatedPolicy()
+        policy.rl_step = policy.policy_version = options.pop("rl_step", 0)
+        fit = trainer(tmp_path, callback, saver, logger=logger, num_sanity_val_steps=0)
+        fit.fit(policy, Validated(3, fails), **options)
+        return heat_maps(logger)
+
+    whole = run("whole")
+    assert list(whole) == [3]
+    with pytest.raises(RuntimeError, match="killed"):
+        run("killed", fails=True)
+    resumed = run("resumed", rl_step=3, ckpt_path=tmp_path / "killed" / "step=3.ckpt")
+    assert resumed == whole
+
+
 class SavedByRank(StrategyAdaptation):
     """Writes each rank's beliefs and choices where the parent process finds them."""
 
@@ -240,7 +299,7 @@ def ranks_after_three_steps(bandit: Bandit, folder: Path) -> tuple[Any, Any]:
     )
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
     for rank in (first, second):
-        del rank["state"]["bandit"]["period"]
+        del rank["state"]["bandit"]["period"], rank["state"]["last_report"]
     return first, second
 
 

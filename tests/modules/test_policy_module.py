@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from fastrl.modules import GRPO, OptimizerSettings, Reinforce, ScoredResponse
 from fastrl.modules.loading import load_causal_lm
 from fastrl.types import FinishReason, Prompt, Rollout, RolloutBatch, SamplingParams
+from tests.recording_logger import RecordingLogger
 
 Fit = Callable[..., Trainer]
 RaggedBatch = Callable[..., RolloutBatch]
@@ -153,6 +155,33 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(
     fit(resumed, batches[2:], ckpt_path=path, max_epochs=2)
     assert (resumed.rl_step, resumed.policy_version) == (4, 4)
     assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_resumed_run_goes_on_under_its_own_learning_rate_and_decay(
+    model_folder: str,
+    ragged_batch: RaggedBatch,
+    fit: Fit,
+    tmp_path: Path,
+    schedule: Literal["constant", "linear"],
+) -> None:
+    """Twice as many steps at twice the rate: where the old schedule had come to 0, half the new."""
+
+    def make(lr: float, weight_decay: float) -> GRPO:
+        settings = OptimizerSettings(lr=lr, weight_decay=weight_decay, schedule=schedule)
+        return GRPO(model_folder, optimizer=settings)
+
+    batches = [ragged_batch(version) for version in range(4)]
+    path = str(tmp_path / "stopped.ckpt")
+    fit(make(1e-3, 0.0), batches[:2]).save_checkpoint(path)
+    recorder = RecordingLogger(tmp_path)
+    resumed = make(2e-3, 0.5)
+    trainer = fit(resumed, batches[2:], ckpt_path=path, max_epochs=2, logger=recorder)
+    rates = [metrics["policy/lr"] for _, metrics in recorder.logged if "policy/lr" in metrics]
+    shares = {"constant": [1, 1], "linear": [0.5, 0.25]}[schedule]
+    assert rates == pytest.approx([2e-3 * share for share in shares])
+    (group,) = trainer.optimizers[0].param_groups
+    assert group["weight_decay"] == 0.5
 
 
 def test_model_checkpoint_saves_at_rl_steps(

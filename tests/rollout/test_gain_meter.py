@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 
+from fastrl.rollout.bandit import Bandit, EpsilonGreedy
 from fastrl.rollout.gain_meter import GainMeter
 from fastrl.rollout.model_bandit import ModelBased
 from fastrl.types import OFF, DraftStrategy, StepStats
@@ -116,7 +117,11 @@ def test_what_was_expected_and_what_was_lost_weigh_arms_by_their_seconds() -> No
     assert meter.expected_gain(0, gains) == pytest.approx((1 + 3 * 1.5 + 4 * 2) / 8)
     assert meter.expected_gain(0, {2: 2.0}) == 2
     assert meter.expected_gain(0, {}) is None
-    assert meter.lost_seconds({0: gains}) == pytest.approx(1 * 0.5 + 3 * 0.25)
+    assert meter.lost_seconds({0: gains}, {0: {}}) == pytest.approx(1 * 0.5 + 3 * 0.25)
+    allowed = {0: 1.0, 1: 1.5}
+    assert meter.lost_seconds({0: allowed}, {0: {2: 0.5}}) == pytest.approx(1 / 3 + 4 * 2 / 3)
+    assert meter.lost_seconds({0: allowed}, {0: {2: 2.0}}) == pytest.approx(1 / 3)
+    assert meter.lost_seconds({0: {}}, {0: {}}) == 0
     assert meter.total_seconds == 8
 
 
@@ -263,19 +268,63 @@ def test_regret_is_small_in_a_steady_world_and_counts_on_over_periods() -> None:
         assert bandit.report().regret_s == pytest.approx(last)
 
 
+class TwoSpeeds(World):
+    """The second tree yields half of what all other arms do."""
+
+    def cost(self, strategy: DraftStrategy, batch_size: int) -> float:
+        slow = 2 if strategy == TREES[1] else 1
+        return slow * 1e-3 * self.expected_length(strategy)
+
+
+def record_by_turns(bandit: Bandit, world: World, *strategies: DraftStrategy) -> None:
+    for _ in range(200):
+        for strategy in strategies:
+            bandit.record(world.step(strategy, 4))
+
+
 def test_wrong_choices_are_regretted() -> None:
     """Half of the steps run at half the rate: a third of the time was for nothing."""
-
-    class TwoSpeeds(World):
-        def cost(self, strategy: DraftStrategy, batch_size: int) -> float:
-            slow = 2 if strategy == TREES[1] else 1
-            return slow * 1e-3 * self.expected_length(strategy)
-
     world = TwoSpeeds(0.6, noise=0.0)
     bandit = profiled(world)
-    for _ in range(200):
-        for strategy in (OFF, TREES[1]):
-            bandit.record(world.step(strategy, 4))
+    record_by_turns(bandit, world, OFF, TREES[1])
     seconds = {s: world.cost(s, 4) for s in (OFF, TREES[1])}
     expected = seconds[TREES[1]] / 2 / sum(seconds.values())
     assert bandit.report().regret_share == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("make", [ModelBased, EpsilonGreedy])
+def test_an_arm_that_was_excluded_in_mid_period_is_regretted_as_before(
+    make: type[ModelBased] | type[EpsilonGreedy],
+) -> None:
+    world, bandit = TwoSpeeds(0.6, noise=0.0), make(ARMS)
+    record_by_turns(bandit, world, OFF, TREES[1])
+    before = bandit.report()
+    assert before.regret_share > 0.2
+    bandit.exclude([TREES[1]])
+    assert bandit.report().regret_share == pytest.approx(before.regret_share, rel=0.1)
+    bandit.start_period()
+    assert bandit.report().regret_s == pytest.approx(before.regret_s, rel=0.1)
+
+
+def test_a_drafter_that_failed_is_regretted_by_what_it_yielded_not_by_what_was_believed() -> None:
+    """Drafts were good in the period before, and none was right in this one."""
+    world = World(0.85, noise=0.0)
+    bandit = profiled(world)
+    record_by_turns(bandit, world, OFF, TREES[1])
+    bandit.start_period()
+    useless = World(0.0, second=0.0, noise=0.0)
+    for _ in range(20):
+        for strategy in (OFF, TREES[1]):
+            bandit.record(useless.step(strategy, 4))
+    bandit.exclude(TREES)
+    seconds = {s: world.cost(s, 4) for s in (OFF, TREES[1])}
+    expected = (seconds[TREES[1]] - seconds[OFF]) / sum(seconds.values())
+    assert bandit.report().regret_share == pytest.approx(expected, rel=0.01)
+
+
+def test_an_excluded_arm_that_was_the_best_is_no_regret() -> None:
+    world = World(0.85, noise=0.0)
+    bandit = profiled(world)
+    record_by_turns(bandit, world, TREES[0])
+    bandit.exclude(TREES)
+    assert bandit.report().regret_s == 0

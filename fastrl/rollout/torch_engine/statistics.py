@@ -8,6 +8,29 @@ from collections.abc import Sequence
 from fastrl.types import DraftStrategy, EngineStats
 
 
+class _ByDepth:
+    """A drafter's depths, over rows and steps: offered, and accepted; as `EngineStats` says."""
+
+    def __init__(self) -> None:
+        self._deepest = 0
+        self._offered: Counter[int] = Counter()
+        self._accepted: Counter[int] = Counter()
+
+    def add(self, depth: int, num_accepted: Sequence[int]) -> None:
+        self._deepest = max(self._deepest, depth)
+        for accepted in num_accepted:
+            self._offered.update(range(min(accepted + 1, depth)))
+            self._accepted.update(range(accepted))
+
+    @property
+    def offered(self) -> tuple[int, ...]:
+        return tuple(self._offered[depth] for depth in range(self._deepest))
+
+    @property
+    def accepted(self) -> tuple[int, ...]:
+        return tuple(self._accepted[depth] for depth in range(self._deepest))
+
+
 class StatisticsRecorder:
     """Counts over one `generate` call."""
 
@@ -20,9 +43,7 @@ class StatisticsRecorder:
         self._steps: Counter[str] = Counter()
         self._row_steps = 0
         self._accepted_tokens = 0
-        self._deepest = 0
-        self._offered: Counter[int] = Counter()
-        self._accepted: Counter[int] = Counter()
+        self._by_depth = {"learned": _ByDepth(), "ngram": _ByDepth()}
 
     def add_step(
         self, strategy: DraftStrategy, num_taken: Sequence[int], num_accepted: Sequence[int]
@@ -31,12 +52,9 @@ class StatisticsRecorder:
         self._steps[str(strategy)] += 1
         if strategy.is_off:
             return
-        self._deepest = max(self._deepest, strategy.depth)
         self._row_steps += len(num_taken)
         self._accepted_tokens += sum(num_taken)
-        for accepted in num_accepted:
-            self._offered.update(range(min(accepted + 1, strategy.depth)))
-            self._accepted.update(range(accepted))
+        self._by_depth[strategy.drafter].add(strategy.depth, num_accepted)
 
     def add_rollout(self, num_tokens: int) -> None:
         """A finished response."""
@@ -45,7 +63,7 @@ class StatisticsRecorder:
 
     def result(self, seconds: float) -> EngineStats:
         """The sum, over a call of that many seconds."""
-        depths = range(self._deepest)
+        learned, ngram = self._by_depth["learned"], self._by_depth["ngram"]
         return EngineStats(
             num_rollouts=self._num_rollouts,
             num_tokens=self._num_tokens,
@@ -57,6 +75,8 @@ class StatisticsRecorder:
             steps_by_strategy=dict(self._steps),
             row_steps=self._row_steps,
             accepted_tokens=self._accepted_tokens,
-            offered_by_depth=tuple(self._offered[depth] for depth in depths),
-            accepted_by_depth=tuple(self._accepted[depth] for depth in depths),
+            offered_by_depth=learned.offered,
+            accepted_by_depth=learned.accepted,
+            ngram_offered_by_depth=ngram.offered,
+            ngram_accepted_by_depth=ngram.accepted,
         )

@@ -165,6 +165,22 @@ def test_statistics_add_up(engine):
     assert 0 < stats.draft_seconds < stats.seconds
 
 
+def test_what_the_learned_drafter_had_accepted_and_what_n_grams_had_is_counted_apart(engine):
+    selector = CyclingSelector(["3_3_10", "ngram_5_1_6", "off"])
+    engine.strategy_selector = selector
+    engine.generate(make_prompts(2), dataclasses.replace(LONG, temperature=0.0), num_samples=4)
+    stats = engine.stats()
+    for drafter, depth, offered_by_depth, accepted_by_depth in (
+        ("learned", 3, stats.offered_by_depth, stats.accepted_by_depth),
+        ("ngram", 5, stats.ngram_offered_by_depth, stats.ngram_accepted_by_depth),
+    ):
+        steps = [s for s in selector.recorded if s.strategy.depth and s.strategy.drafter == drafter]
+        accepted = [sum(sum(s.accepted_by_rank[d]) for s in steps) for d in range(depth)]
+        assert sum(accepted) > 0
+        assert accepted_by_depth == tuple(accepted)
+        assert offered_by_depth == (sum(s.batch_size for s in steps), *accepted[:-1])
+
+
 def test_sleeping_frees_the_caches_and_changes_nothing(engine):
     engine.strategy_selector = FixedStrategy("3_3_10")
     before = engine.generate(make_prompts(2), LONG)
