@@ -83,9 +83,6 @@ class FakePolicy(PolicyModule):
     def on_fit_start(self) -> None:
         """Nothing to check."""
 
-    def on_train_start(self) -> None:
-        """No schedule."""
-
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 

@@ -105,6 +105,7 @@ class PolicyModule(LightningModule, ABC):
         if kl_coef < 0:
             raise ValueError(f"model.kl_coef must be >= 0 (0: no reference), got {kl_coef}")
         self.optimizer_settings = optimizer
+        self._own_scheduler: LambdaLR | None = None  # None where a subclass makes another
         self.num_epochs = num_epochs
         self.num_mini_batches = num_mini_batches
         self.micro_batch_tokens = micro_batch_tokens
@@ -175,11 +176,13 @@ class PolicyModule(LightningModule, ABC):
         if self.optimizer_settings.schedule != "constant":
             num_rl_steps = count_rl_steps(self.trainer, self.updates_per_step)
         optimizer, scheduler = self.optimizer_settings.build(self.policy.parameters(), num_rl_steps)
+        self._own_scheduler = scheduler
         return [optimizer], [scheduler]
 
     def on_train_start(self) -> None:
         """A resumed run goes on under its own learning rate, weight decay and schedule."""
-        self.optimizer_settings.apply_to(cast(LambdaLR, self.lr_schedulers()))
+        if self._own_scheduler is not None:
+            self.optimizer_settings.apply_to(self._own_scheduler)
 
     @property
     def updates_per_step(self) -> int:

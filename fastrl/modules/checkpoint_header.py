@@ -18,7 +18,8 @@ KEY = "fastrl"
 FORMAT = 3
 """Grows with a change of any part's state after which code and checkpoint do not understand one
 another. 2: what the model-based bandit keeps of acceptance and step times, by bucket. 3: a step's
-histograms and texts, and its heat map, if it is not drawn yet."""
+histograms and texts, its heat map, if it is not drawn yet, and estimates of acceptance that a
+bucket has of its own."""
 
 
 def make_header(algorithm: type, config: PretrainedConfig) -> dict[str, Any]:
