@@ -80,6 +80,9 @@ class PolicyModule(LightningModule, ABC):
     min_group_size: ClassVar[int] = 1
     """Fewest responses to a prompt that the algorithm's baseline needs."""
 
+    _own_scheduler: LambdaLR | None = None
+    """None where a subclass makes its own."""
+
     def __init__(
         self,
         model_path: str,
@@ -105,7 +108,6 @@ class PolicyModule(LightningModule, ABC):
         if kl_coef < 0:
             raise ValueError(f"model.kl_coef must be >= 0 (0: no reference), got {kl_coef}")
         self.optimizer_settings = optimizer
-        self._own_scheduler: LambdaLR | None = None  # None where a subclass makes another
         self.num_epochs = num_epochs
         self.num_mini_batches = num_mini_batches
         self.micro_batch_tokens = micro_batch_tokens
