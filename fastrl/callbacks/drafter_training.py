@@ -56,7 +56,7 @@ class DrafterTraining(Callback):
     since drafts decide only how fast a response comes.
 
     Args:
-        learning_rate: of AdamW, constant; a tiny drafter takes 3e-3.
+        learning_rate: of AdamW, constant; a tiny drafter takes 6e-3.
         steps_per_batch: most optimizer steps an RL step; those of idle time count, and may exceed
             it. 0 leaves the drafter frozen, idle time aside; null: only max_step_share limits.
         max_step_share: most of an RL step's wall time that co-training at the batch's end takes,

@@ -273,6 +273,21 @@ def test_training_lowers_the_loss_of_a_policy_that_stands_still(
     assert rows[-1][3] > rows[0][3] + 0.2
 
 
+def test_the_loss_is_of_as_many_depths_as_its_settings_say(
+    drafter_path: str, tmp_path: Path
+) -> None:
+    """At the first optimizer step, where the drafter and its depth 1 are still the same."""
+    rows = []
+    for num_depths in (1, 2, 3):
+        settings = LossSettings(num_depths=num_depths)
+        logger = RecordingLogger(tmp_path)
+        fit(small_callback(steps_per_batch=1, loss=settings), drafter_path, 1, logger=logger)
+        rows += logged_rows(logger, ["drafter/loss", "drafter/loss_ce"])
+    losses, cross_entropies = zip(*rows, strict=True)
+    assert len(set(losses)) == 3
+    assert len(set(cross_entropies)) == 1
+
+
 def test_published_weights_are_the_drafters_alone_and_the_policy_is_untouched(
     drafter_path: str,
 ) -> None:
