@@ -18,6 +18,7 @@ from fastrl.callbacks.feature_buffer import BufferSettings
 from fastrl.cli import FastRLCLI, main
 from fastrl.datamodules import RolloutDataModule
 from fastrl.modules import PolicyModule
+from fastrl.rollout.drafters.loss import LossSettings
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -111,16 +112,19 @@ def test_a_control_differs_from_the_quickstart_in_what_it_is_to_control(
     }
 
 
-def test_the_buffers_settings_are_read_from_yaml(tmp_path: Path) -> None:
+def test_the_buffers_and_the_losss_settings_are_read_from_yaml(tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
         "trainer:\n  callbacks:\n    - class_path: fastrl.callbacks.DrafterTraining\n"
-        "      init_args: {buffer: {max_tokens: 4096, recency_half_life: .inf}}\n"
+        "      init_args:\n"
+        "        buffer: {max_tokens: 4096, recency_half_life: .inf}\n"
+        "        loss: {num_depths: 4}\n"
     )
     cli = FastRLCLI(["-c", "configs/quickstart.yaml", "-c", str(overlay)], run=False)
     (training,) = (c for c in cli.trainer.callbacks if isinstance(c, DrafterTraining))
     settings = training.buffer.settings
     assert settings == BufferSettings(max_tokens=4096, recency_half_life=math.inf)
+    assert training.loss == LossSettings(num_depths=4)
 
 
 def test_the_quickstart_has_under_100_keys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from fastrl import callbacks, datamodules, modules, types
 from fastrl.callbacks import feature_buffer
 from fastrl.modules import optimization
 from fastrl.rollout import bandit, torch_engine
+from fastrl.rollout.drafters import loss
 
 ROOT = Path(__file__).parents[1]
 CONFIG_PAGE = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
@@ -22,7 +23,7 @@ MENTIONS = sorted(set(re.findall(r"`([A-Z]\w*)\.(\w+)`", CONFIG_PAGE)))
 
 MODULES = (
     *(lightning_callbacks, lightning_trainer, callbacks, datamodules, modules, types),
-    *(bandit, feature_buffer, optimization, torch_engine),
+    *(bandit, feature_buffer, loss, optimization, torch_engine),
 )
 
 ORIGINAL_KEYS = {

@@ -6,7 +6,7 @@ step's sequences, whatever was drafted for them. (`drafter/accept_depth_d` of ro
 of the trees that were served: of the strategies chosen, the temperature and the filters.) As in
 training, hidden states are those before the step's update, the LM head is the one after it.
 
-Leaves out the computation (fastrl/rollout/drafters/chain.py).
+Leaves out the computation (fastrl/rollout/drafters/agreement.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrl.rollout.drafters.chain import agreement_by_depth
+from fastrl.rollout.drafters.agreement import agreement_by_depth
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.drafters.packing import num_loss_pairs, pack_sequences
+from fastrl.rollout.drafters.packing import fold_segments, num_loss_pairs, pack_sequences
 from fastrl.types import SequenceFeatures
 
 MAX_DEPTH = 6
@@ -56,7 +56,7 @@ def held_out_metrics(
         drafter,
         embedding_VD,
         lm_head_VD,
-        packed.to(parameter.device, parameter.dtype),
+        fold_segments(packed).to(parameter.device, parameter.dtype),
         max_depth=MAX_DEPTH,
     )
     metrics: dict[str, float] = {}

@@ -26,8 +26,8 @@ from fastrl.callbacks.feature_buffer import BufferSettings, FeatureBuffer
 from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.callbacks.time_budget import SpentTime, TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.drafters.loss import EagleLoss, eagle_loss
-from fastrl.rollout.drafters.packing import pack_sequences
+from fastrl.rollout.drafters.loss import EagleLoss, LossSettings, eagle_loss
+from fastrl.rollout.drafters.packing import fold_segments, pack_sequences
 from fastrl.rollout.engine import IdleWindow, RolloutEngine
 from fastrl.types import PolicySource, RolloutBatch
 
@@ -56,7 +56,7 @@ class DrafterTraining(Callback):
     since drafts decide only how fast a response comes.
 
     Args:
-        learning_rate: of AdamW, constant; a tiny drafter takes 3e-3.
+        learning_rate: of AdamW, constant; a tiny drafter takes 6e-3.
         steps_per_batch: most optimizer steps an RL step; those of idle time count, and may exceed
             it. 0 leaves the drafter frozen, idle time aside; null: only max_step_share limits.
         max_step_share: most of an RL step's wall time that co-training at the batch's end takes,
@@ -65,8 +65,8 @@ class DrafterTraining(Callback):
         buffer: how much is kept for training, and what is drawn more often; null: the defaults.
         publish_every_n_steps: RL steps between publications to the engine, of what has been
             trained since the last.
-        hidden_loss_weight: of SmoothL1 on hidden states, against 1 for cross-entropy; drafts feed
-            the drafter its own hidden states, so a low weight costs accept length deep in a tree.
+        loss: how many depths of a draft are trained, and the weight of hidden states; null: the
+            defaults.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class DrafterTraining(Callback):
         tokens_per_step: int = 2048,
         buffer: BufferSettings | None = None,
         publish_every_n_steps: int = 10,
-        hidden_loss_weight: float = 10.0,
+        loss: LossSettings | None = None,
     ) -> None:
         checks = (
             (learning_rate > 0, "learning_rate must be > 0", learning_rate),
@@ -92,7 +92,6 @@ class DrafterTraining(Callback):
                 "publish_every_n_steps must be >= 1",
                 publish_every_n_steps,
             ),
-            (hidden_loss_weight >= 0, "hidden_loss_weight must be >= 0", hidden_loss_weight),
         )
         for is_valid, expectation, given in checks:
             if not is_valid:
@@ -106,7 +105,7 @@ class DrafterTraining(Callback):
         self.steps_per_batch = steps_per_batch
         self.tokens_per_step = tokens_per_step
         self.publish_every_n_steps = publish_every_n_steps
-        self.hidden_loss_weight = hidden_loss_weight
+        self.loss = loss or LossSettings()
         self.buffer = FeatureBuffer(buffer or BufferSettings())
         self.budget = TimeBudget(max_step_share)
         self.version = 0
@@ -236,14 +235,15 @@ class DrafterTraining(Callback):
         drafter, optimizer = self._learner()
         parameter = next(drafter.parameters())
         sequences = self.buffer.sample(self._generator, self.tokens_per_step)
-        packed = pack_sequences(sequences, self.tokens_per_step)
+        packed = fold_segments(pack_sequences(sequences, self.tokens_per_step))
         embedding_VD, lm_head_VD = _shared_weights(policy)
         result = eagle_loss(
             drafter,
             embedding_VD,
             lm_head_VD,
             packed.to(parameter.device, parameter.dtype),
-            hidden_loss_weight=self.hidden_loss_weight,
+            hidden_loss_weight=self.loss.hidden_weight,
+            num_depths=self.loss.num_depths,
         )
         optimizer.zero_grad(set_to_none=True)
         result.loss.backward()  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ from fastrl.callbacks.drafter_training import DrafterTraining
 from fastrl.callbacks.feature_buffer import BufferSettings
 from fastrl.callbacks.time_budget import TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loss import LossSettings
 from fastrl.rollout.engine import IdleHook, IdleWindow
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
 from tests.recording_logger import RecordingLogger
@@ -260,7 +261,8 @@ def test_training_lowers_the_loss_of_a_policy_that_stands_still(
     """On random sequences it has not seen; and the loss logged is the sum of its two parts."""
     names = ["drafter/loss", "drafter/loss_ce", "drafter/loss_hidden", "drafter/top1_agreement"]
     logger = RecordingLogger(tmp_path)
-    callback = small_callback(steps_per_batch=20, hidden_loss_weight=0.5)
+    loss_of_depth_1 = LossSettings(num_depths=1, hidden_weight=0.5)
+    callback = small_callback(steps_per_batch=20, loss=loss_of_depth_1)
     fit(callback, drafter_path, 4, logger=logger, policy_learning_rate=0.0)
     rows = logged_rows(logger, names)
     assert len(rows) == 4
@@ -269,6 +271,21 @@ def test_training_lowers_the_loss_of_a_policy_that_stands_still(
         assert 0 <= agreement <= 1
     assert rows[-1][2] < 0.6 * rows[0][2]
     assert rows[-1][3] > rows[0][3] + 0.2
+
+
+def test_the_loss_is_of_as_many_depths_as_its_settings_say(
+    drafter_path: str, tmp_path: Path
+) -> None:
+    """At the first optimizer step, where the drafter and its depth 1 are still the same."""
+    rows = []
+    for num_depths in (1, 2, 3):
+        settings = LossSettings(num_depths=num_depths)
+        logger = RecordingLogger(tmp_path)
+        fit(small_callback(steps_per_batch=1, loss=settings), drafter_path, 1, logger=logger)
+        rows += logged_rows(logger, ["drafter/loss", "drafter/loss_ce"])
+    losses, cross_entropies = zip(*rows, strict=True)
+    assert len(set(losses)) == 3
+    assert len(set(cross_entropies)) == 1
 
 
 def test_published_weights_are_the_drafters_alone_and_the_policy_is_untouched(
@@ -595,7 +612,6 @@ def test_a_drafter_of_another_target_is_refused(tmp_path: Path) -> None:
         ({"max_step_share": 1.5}, "in \\(0, 1\\).*got 1.5"),
         ({"tokens_per_step": 0}, "tokens_per_step must be >= 1, got 0"),
         ({"publish_every_n_steps": 0}, "publish_every_n_steps must be >= 1, got 0"),
-        ({"hidden_loss_weight": -0.1}, "hidden_loss_weight must be >= 0, got -0.1"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

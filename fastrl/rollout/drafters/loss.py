@@ -1,27 +1,32 @@
 """The EAGLE drafter's loss over a packed row: SmoothL1 on hidden states, cross-entropy on
-distributions.
+distributions, at each depth of the chains it is trained along (chain.py).
 
-    loss = cross_entropy + hidden_loss_weight * smooth_l1
+    loss at a depth = cross_entropy + hidden_loss_weight * smooth_l1
+    loss            = mean over depths d = 1 … num_depths, weighted by DEPTH_DECAY ** (d - 1)
 
-Both are means over the pairs of the loss mask (SmoothL1 also over hidden dimensions), so neither
-depends on how sequences were packed. The cross-entropy is against the target's whole distribution
-(soft labels), without temperature or filters, in float32. Embedding and LM head are constants here:
-they get no gradient.
+Those of a depth are means over the chains that reach it (SmoothL1 also over hidden dimensions), at
+depth 1 the pairs of the loss mask, so none depends on how sequences were packed. The cross-entropy
+is against the target's whole distribution (soft labels), without temperature or filters, in
+float32. Embedding and LM head are constants here: they get no gradient.
 
-Source: EAGLE (Li et al., 2024, arXiv 2401.15077), section 4.2, which weighs cross-entropy 0.1 to
-SmoothL1 1. Leaves out multi-step training (HASS, EAGLE-3); chain.py measures what that would train.
-Shape legend: fastrl/types.py; M counts pairs of the mask.
+Sources: for one depth EAGLE (Li et al., 2024, arXiv 2401.15077), section 4.2, which weighs
+cross-entropy 0.1 to SmoothL1 1; for several HASS (arXiv 2408.15766) and EAGLE-3 (arXiv 2503.01840),
+the decay being that of EAGLE-3's code. Leaves out HASS's top-k loss, and sharing the target's
+logits between depths. Shape legend: fastrl/types.py; M counts chains.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, smooth_l1_loss
+from torch.nn.functional import linear, smooth_l1_loss
 from torch.utils.checkpoint import checkpoint
 
+from fastrl.rollout.drafters.chain import ChainDepth, chain_depths
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.packing import PackedFeatures
 from fastrl.rollout.sampling import log_distribution
@@ -30,13 +35,42 @@ from fastrl.types import SamplingParams
 _WHOLE_DISTRIBUTION = SamplingParams()
 MAX_CHUNK_LOGITS = 2**24
 """Logits held at a time, of drafter and target each: 64 MiB in float32."""
+DEPTH_DECAY = 0.8
+"""Weight of a depth against the one before."""
+
+
+# No slots: jsonargparse reads the fields of a default value from its __dict__.
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What a drafter's loss counts."""
+
+    num_depths: int = 2
+    """Depths of a draft that are trained, from the second on with the drafter's own hidden states
+    fed back to it (the training-time test of EAGLE-3); 1 is EAGLE's own loss. Time and memory of an
+    optimizer step grow in proportion; a third depth gained the quickstart little."""
+    hidden_weight: float = 10.0
+    """Of SmoothL1 on hidden states, against 1 for cross-entropy; drafts feed the drafter its own
+    hidden states, so a low weight costs accept length deep in a tree."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.num_depths >= 1, "num_depths must be >= 1", self.num_depths),
+            (
+                0 <= self.hidden_weight < math.inf,
+                "hidden_weight must be >= 0 and finite",
+                self.hidden_weight,
+            ),
+        )
+        for is_valid, expectation, given in checks:
+            if not is_valid:
+                raise ValueError(f"loss: {expectation}, got {given}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EagleLoss:
-    """Loss of one packed row and its parts: float32 scalars, means over the loss mask."""
+    """Loss of one packed row, and its parts at depth 1: float32 scalars, means over the pairs."""
 
-    loss: Tensor  # the only one that carries a gradient
+    loss: Tensor  # of all depths; the only one that carries a gradient
     hidden: Tensor  # SmoothL1, unweighted
     cross_entropy: Tensor
     top1_agreement: Tensor  # share of pairs whose most likely token is the target's too
@@ -50,9 +84,10 @@ def eagle_loss(
     packed: PackedFeatures,
     *,
     hidden_loss_weight: float,
+    num_depths: int = 1,
     max_chunk_logits: int = MAX_CHUNK_LOGITS,
 ) -> EagleLoss:
-    """Loss of the drafter's predictions over one packed row.
+    """Loss of the drafter's predictions over one packed row, folded or not.
 
     Args:
         drafter: under training.
@@ -60,24 +95,31 @@ def eagle_loss(
         lm_head_VD: the target's LM head; frozen here.
         packed: at least one pair in its loss mask; hidden states of the drafter's dtype.
         hidden_loss_weight: of SmoothL1 against cross-entropy.
-        max_chunk_logits: pairs × vocabulary held in memory at a time; backward recomputes them.
+        num_depths: of the chains; depths that none reaches are left out of the mean.
+        max_chunk_logits: places × vocabulary held in memory at a time; backward recomputes them.
 
     Raises:
         ValueError: the loss mask is empty, so that the means have no denominator.
     """
-    mask_BT = packed.loss_mask_BT
-    if not (num_masked := int(mask_BT.sum())):
+    by_depth = [
+        _loss_at_depth(chains, lm_head_VD.detach(), hidden_loss_weight, max_chunk_logits)
+        for chains in chain_depths(drafter, embedding_VD, packed, max_depth=num_depths)
+    ]
+    if not by_depth:
         raise ValueError("the packed row has no response token to predict: pack other sequences")
-    predicted_BTD = drafter(
-        embedding(packed.next_tokens_BT, embedding_VD.detach()).to(packed.hidden_BTD.dtype),
-        packed.hidden_BTD,
-        packed.position_ids_BT,
-        attention_mask=packed.attention_mask(),
-    )
-    predicted_MD, target_MD = predicted_BTD[mask_BT], packed.target_hidden_BTD[mask_BT]
+    weights = [DEPTH_DECAY**index for index in range(len(by_depth))]
+    weighted = (weight * result.loss for weight, result in zip(weights, by_depth, strict=True))
+    total = torch.stack(list(weighted)).sum() / sum(weights)
+    return dataclasses.replace(by_depth[0], loss=total)
+
+
+def _loss_at_depth(
+    chains: ChainDepth, lm_head_VD: Tensor, hidden_loss_weight: float, max_chunk_logits: int
+) -> EagleLoss:
+    predicted_MD, target_MD = chains.predicted_MD, chains.target_MD
     hidden = smooth_l1_loss(predicted_MD.float(), target_MD.float())
-    sums = distribution_sums(predicted_MD, target_MD, lm_head_VD.detach(), max_chunk_logits)
-    cross_entropy, agreement, acceptance = (sums / num_masked).unbind()
+    sums = distribution_sums(predicted_MD, target_MD, lm_head_VD, max_chunk_logits)
+    cross_entropy, agreement, acceptance = (sums / len(chains)).unbind()
     return EagleLoss(
         loss=cross_entropy + hidden_loss_weight * hidden,
         hidden=hidden.detach(),

@@ -10,8 +10,9 @@ Loss mask: pairs whose predicted distribution is of a response token, the end-of
 included: num_prompt_tokens <= t+2 <= n-1. Earlier pairs are context. A segment is a sequence's
 pairs; positions count from the sequence's start, as in serving, and no pair sees another segment.
 
-Leaves out bin packing into several rows, and attention kernels that skip masked blocks. Shape
-legend: fastrl/types.py; B is 1, T counts pairs.
+`fold_segments` lays the same segments out in several shorter rows, whose attention costs less.
+Leaves out attention kernels that skip masked blocks. Shape legend: fastrl/types.py; B is 1 until a
+row is folded, T counts pairs.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastrl.types import SequenceFeatures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedFeatures:
-    """Pairs of several sequences, one after the other in one row."""
+    """Pairs of several sequences, one after the other in one row; in several once folded."""
 
     next_tokens_BT: Tensor  # int64: token t+1
     hidden_BTD: Tensor  # hidden state t
     target_hidden_BTD: Tensor  # hidden state t+1
     position_ids_BT: Tensor  # int64: t
-    segment_BT: Tensor  # int64: 0, 1, …, one number a sequence
+    segment_BT: Tensor  # int64: 0, 1, …, one number a sequence; -1: padding of a folded row
     loss_mask_BT: Tensor  # bool: predicts the distribution of a response token
 
     def __len__(self) -> int:
@@ -53,7 +55,7 @@ class PackedFeatures:
         )
 
     def attention_mask(self) -> Tensor:
-        """[1, 1, T, T] bool, True where a query may see a key: same segment, not later."""
+        """[B, 1, T, T] bool, True where a query may see a key: same segment, not later."""
         same_segment = self.segment_BT[:, :, None] == self.segment_BT[:, None, :]
         return same_segment.tril().unsqueeze(1)
 
@@ -119,3 +121,40 @@ def _segment(features: SequenceFeatures, first_pair: int, number: int) -> Packed
         segment_BT=torch.full_like(position_ids, number).unsqueeze(0),
         loss_mask_BT=(position_ids + 2 >= features.num_prompt_tokens).unsqueeze(0),
     )
+
+
+def fold_segments(packed: PackedFeatures) -> PackedFeatures:
+    """The segments of one row in rows as long as the longest of them, first-fit decreasing.
+
+    Attention compares every two places of a row, though segments do not see each other: S segments
+    of equal length cost a fraction 1/S in rows of their own. Rows end in padding, which is in no
+    loss and sees, and is seen by, padding alone.
+    """
+    assert len(packed.segment_BT) == 1, f"folded already, into {len(packed.segment_BT)} rows"
+    lengths = packed.segment_BT[0].bincount().tolist()
+    places = torch.split(torch.arange(len(packed), device=packed.segment_BT.device), lengths)
+    rows = [torch.cat([places[s] for s in segments]) for segments in _first_fit(lengths)]
+    return PackedFeatures(
+        **{
+            f.name: pad_sequence(
+                [getattr(packed, f.name)[0, row] for row in rows],
+                batch_first=True,
+                padding_value=-1 if f.name == "segment_BT" else 0,
+            )
+            for f in dataclasses.fields(PackedFeatures)
+        }
+    )
+
+
+def _first_fit(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices by row of the longest length: longest first, each into the first row it fits."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        row = next((row for row in range(len(rows)) if room[row] >= lengths[index]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(lengths))
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows

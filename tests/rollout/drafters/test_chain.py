@@ -1,77 +1,76 @@
-"""Self-fed agreement by depth against a naive reference: one chain, one token at a time, no cache.
-
-The reference runs the drafter afresh for each token, over the sequence's true pairs and what the
-chain has produced, with nothing but plain causal attention.
-"""
+"""Chains of a whole row at once against chains one by one, values and gradients, in float64."""
 
 from __future__ import annotations
+
+import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastrl.rollout.drafters.chain import agreement_by_depth
+from fastrl.rollout.drafters.chain import chain_depths
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.drafters.loss import eagle_loss
-from fastrl.rollout.drafters.packing import pack_sequences
-from fastrl.types import SequenceFeatures
+from fastrl.rollout.drafters.packing import fold_segments, pack_sequences
 from tests.rollout.drafters.conftest import random_sequences
+from tests.rollout.drafters.naive_chains import naive_chains
+
+SIZES = ((9, 3), (4, 1), (12, 7), (6, 5), (5, 0))
+"""Tokens and prompt tokens: they end at different depths, one is without a prompt."""
 
 
-def naive_agreement(
-    drafter: EagleDrafter,
-    embedding_VD: Tensor,
-    lm_head_VD: Tensor,
-    sequences: list[SequenceFeatures],
-    depth: int,
-) -> tuple[int, float, float]:
-    """Chains that reach the depth, their mean cross-entropy and top-1 acceptance there."""
-    cross_entropies, acceptances = [], []
-    for features in sequences:
-        tokens, hidden = features.tokens_T, features.hidden_TD
-        for first in range(max(features.num_prompt_tokens, 2), len(tokens) - depth + 1):
-            # `first` is the token that depth 1 predicts: true hidden states up to first - 2.
-            inputs = list(hidden[: first - 1])
-            for token in range(first, first + depth):
-                output = drafter(
-                    embedding_VD[tokens[1:token]][None],
-                    torch.stack(inputs)[None],
-                    torch.arange(token - 1)[None],
-                )[0, -1]
-                inputs.append(output)
-            target_V = (lm_head_VD @ hidden[first + depth - 2]).softmax(0)
-            draft_V = (lm_head_VD @ output).log_softmax(0)
-            cross_entropies.append(float(-(target_V * draft_V).sum()))
-            acceptances.append(float(target_V[draft_V.argmax()]))
-    num_chains = len(acceptances)
-    return num_chains, sum(cross_entropies) / num_chains, sum(acceptances) / num_chains
+def gradients(drafter: EagleDrafter, value: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(value, list(drafter.parameters()), retain_graph=True))
 
 
-def test_agreement_at_every_depth_equals_the_one_token_at_a_time_reference(
-    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor]
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_every_depth_and_its_gradients_equal_the_one_chain_at_a_time_reference(
+    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor], is_folded: bool
 ) -> None:
-    """Sequences that end at different depths, one of them without a prompt, in one packed row."""
-    sequences = random_sequences((9, 3), (4, 1), (12, 7), (6, 5), (5, 0))
+    """To double precision; a random weight on each output tells all gradients apart."""
+    drafter, embedding_VD = copy.deepcopy(drafter).double(), shared_weights[0].double()
+    sequences = [
+        dataclasses.replace(f, hidden_TD=f.hidden_TD.double()) for f in random_sequences(*SIZES)
+    ]
     packed = pack_sequences(sequences, max_pairs=1000)
-    agreements = agreement_by_depth(drafter, *shared_weights, packed, max_depth=6)
-    assert len(agreements) == 6
-    for depth, agreement in enumerate(agreements, start=1):
-        with torch.no_grad():
-            expected = naive_agreement(drafter, *shared_weights, sequences, depth)
-        assert agreement.num_chains == expected[0]
-        assert agreement.cross_entropy == pytest.approx(expected[1], rel=1e-4)
-        assert agreement.top1_acceptance == pytest.approx(expected[2], rel=1e-4)
+    if is_folded:
+        packed = fold_segments(packed)
+    weights_D = torch.randn(packed.hidden_BTD.shape[-1], dtype=torch.float64)
+    depths = list(chain_depths(drafter, embedding_VD, packed, max_depth=5))
+    assert len(depths) == 5
+    for depth, chains in enumerate(depths, start=1):
+        naive = naive_chains(drafter, embedding_VD, sequences, depth)
+        predicted_MD = torch.stack([predicted for predicted, _ in naive])
+        target_MD = torch.stack([target for _, target in naive])
+        # Folding changes the order of sequences: sorted by target, which is random, both agree.
+        ours, theirs = chains.target_MD[:, 0].argsort(), target_MD[:, 0].argsort()
+        assert len(chains) == len(naive)
+        torch.testing.assert_close(chains.target_MD[ours], target_MD[theirs])
+        torch.testing.assert_close(chains.predicted_MD[ours], predicted_MD[theirs])
+        torch.testing.assert_close(
+            gradients(drafter, (chains.predicted_MD.sin() @ weights_D).sum()),
+            gradients(drafter, (predicted_MD.sin() @ weights_D).sum()),
+        )
 
 
-def test_depth_1_is_what_the_loss_counts(
+def test_depth_1_is_the_plain_forward_to_the_bit(
     drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor]
 ) -> None:
-    packed = pack_sequences(random_sequences((9, 3), (12, 7)), max_pairs=1000)
-    (agreement,) = agreement_by_depth(drafter, *shared_weights, packed, max_depth=1)
-    loss = eagle_loss(drafter, *shared_weights, packed, hidden_loss_weight=1.0)
-    assert agreement.num_chains == packed.loss_mask_BT.sum()
-    assert agreement.cross_entropy == pytest.approx(loss.cross_entropy.item(), rel=1e-5)
-    assert agreement.top1_acceptance == pytest.approx(loss.top1_acceptance.item(), rel=1e-5)
+    """EAGLE's own training forward, under a mask and without a view; its gradients too."""
+    packed = pack_sequences(random_sequences(*SIZES), max_pairs=1000)
+    embeddings_BTD = shared_weights[0].detach()[packed.next_tokens_BT]
+    plain_MD = drafter(
+        embeddings_BTD,
+        packed.hidden_BTD,
+        packed.position_ids_BT,
+        attention_mask=packed.attention_mask(),
+    )[packed.loss_mask_BT]
+    (chains,) = chain_depths(drafter, shared_weights[0], packed, max_depth=1)
+    assert torch.equal(chains.predicted_MD, plain_MD)
+    of_chains, of_plain = (
+        gradients(drafter, x.square().sum()) for x in (chains.predicted_MD, plain_MD)
+    )
+    assert all(map(torch.equal, of_chains, of_plain))
 
 
 def test_depths_that_no_chain_reaches_are_left_out(
@@ -79,17 +78,5 @@ def test_depths_that_no_chain_reaches_are_left_out(
 ) -> None:
     """Two response tokens: no third draft could be right or wrong, even past the row's end."""
     packed = pack_sequences(random_sequences((6, 4)), max_pairs=1000)
-    agreements = agreement_by_depth(drafter, *shared_weights, packed, max_depth=6)
-    assert [agreement.num_chains for agreement in agreements] == [2, 1]
-
-
-def test_nothing_is_left_for_a_gradient(
-    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor]
-) -> None:
-    """No graph is built, whose activations would stay in memory."""
-    seen: list[bool] = []
-    handle = drafter.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
-    packed = pack_sequences(random_sequences((9, 3)), max_pairs=1000)
-    agreement_by_depth(drafter, *shared_weights, packed, max_depth=2)
-    handle.remove()
-    assert seen == [False, False]
+    depths = chain_depths(drafter, shared_weights[0], packed, max_depth=6)
+    assert [len(chains) for chains in depths] == [2, 1]

@@ -1,6 +1,9 @@
 """The drafter's loss against a naive reference that takes one pair of one sequence at a time."""
 
+import copy
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +11,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.drafters.loss import EagleLoss, eagle_loss
-from fastrl.rollout.drafters.packing import pack_sequences
+from fastrl.rollout.drafters.loss import EagleLoss, LossSettings, eagle_loss
+from fastrl.rollout.drafters.packing import fold_segments, pack_sequences
 from fastrl.types import SequenceFeatures
 from tests.rollout.drafters.conftest import HIDDEN_SIZE, VOCAB_SIZE, random_sequences
+from tests.rollout.drafters.naive_chains import naive_chains
 
 
 @pytest.fixture
@@ -95,6 +99,91 @@ def test_packed_loss_and_gradients_equal_the_one_pair_at_a_time_reference(
     torch.testing.assert_close(result.loss.detach(), expected_loss)
     for name, gradient in gradients(drafter, result.loss).items():
         torch.testing.assert_close(gradient, naive_gradients[name], rtol=1e-4, atol=1e-5)
+
+
+def naive_loss(
+    drafter: EagleDrafter,
+    shared_weights: tuple[Tensor, Tensor],
+    sequences: list[SequenceFeatures],
+    num_depths: int,
+) -> Tensor:
+    """Chain by chain in float64: each depth's mean, the next counting 0.8 times as much."""
+    embedding_VD, lm_head_VD = (weight.detach().double() for weight in shared_weights)
+    total, total_weight = torch.zeros((), dtype=torch.float64), 0.0
+    for depth in range(1, num_depths + 1):
+        losses = []
+        for predicted, target in naive_chains(drafter, embedding_VD, sequences, depth):
+            distance = (predicted - target).abs()
+            smooth_l1 = torch.where(distance < 1, distance**2 / 2, distance - 0.5).mean()
+            target_V = (lm_head_VD @ target).softmax(0)
+            cross_entropy = -(target_V * (lm_head_VD @ predicted).log_softmax(0)).sum()
+            losses.append(cross_entropy + 0.3 * smooth_l1)
+        total = total + 0.8 ** (depth - 1) * sum(losses) / len(losses)
+        total_weight += 0.8 ** (depth - 1)
+    return total / total_weight
+
+
+@pytest.mark.parametrize("is_folded", [False, True])
+@pytest.mark.parametrize("max_chunk_logits", [2**24, 3 * VOCAB_SIZE])
+@pytest.mark.parametrize("num_depths", [1, 2, 4])
+def test_loss_over_depths_and_its_gradients_equal_the_one_chain_at_a_time_reference(
+    drafter: EagleDrafter,
+    shared_weights: tuple[Tensor, Tensor],
+    sequences: list[SequenceFeatures],
+    num_depths: int,
+    max_chunk_logits: int,
+    is_folded: bool,
+) -> None:
+    exact = copy.deepcopy(drafter).double()
+    sequences_64 = [dataclasses.replace(f, hidden_TD=f.hidden_TD.double()) for f in sequences]
+    expected = naive_loss(exact, shared_weights, sequences_64, num_depths)
+    packed = pack_sequences(sequences, max_pairs=1000)
+    result = eagle_loss(
+        drafter,
+        *shared_weights,
+        fold_segments(packed) if is_folded else packed,
+        hidden_loss_weight=0.3,
+        num_depths=num_depths,
+        max_chunk_logits=max_chunk_logits,
+    )
+    torch.testing.assert_close(result.loss.detach(), expected.detach().float())
+    ours = gradients(drafter, result.loss)
+    for name, expected_gradient in gradients(exact, expected).items():
+        tolerance = 1e-4 * expected_gradient.abs().max().item()  # float32 through every depth
+        gradient = ours[name].double()
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=tolerance)
+
+
+def test_the_parts_are_those_of_depth_1_however_many_are_trained(
+    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor], sequences: list[SequenceFeatures]
+) -> None:
+    one = packed_loss(drafter, shared_weights, sequences)
+    three = packed_loss(drafter, shared_weights, sequences, num_depths=3)
+    for name in ("hidden", "cross_entropy", "top1_agreement", "top1_acceptance"):
+        assert torch.equal(getattr(one, name), getattr(three, name)), name
+    assert one.loss != three.loss
+
+
+def test_depths_that_no_chain_reaches_do_not_count(
+    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor]
+) -> None:
+    """Two response tokens make two depths, whatever is asked for."""
+    sequences = random_sequences((6, 4))
+    two, nine = (packed_loss(drafter, shared_weights, sequences, num_depths=n).loss for n in (2, 9))
+    assert torch.equal(two, nine)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_depths": 0}, "num_depths must be >= 1, got 0"),
+        ({"hidden_weight": -0.1}, "hidden_weight must be >= 0 and finite, got -0.1"),
+        ({"hidden_weight": math.inf}, "hidden_weight must be >= 0 and finite, got inf"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossSettings(**options)
 
 
 def test_a_drafter_that_reproduces_the_target_reaches_its_entropy(

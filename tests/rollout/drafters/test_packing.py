@@ -1,11 +1,19 @@
 """Packing: which pairs a sequence gives, which of them the loss counts, and what each may see."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.drafters.packing import num_loss_pairs, num_pairs, pack_sequences
+from fastrl.rollout.drafters.packing import (
+    PackedFeatures,
+    fold_segments,
+    num_loss_pairs,
+    num_pairs,
+    pack_sequences,
+)
 from fastrl.types import SequenceFeatures
 
 HIDDEN_SIZE = 8
@@ -161,3 +169,40 @@ def test_future_and_other_segments_do_not_change_an_output(
     assert not differs[:first_affected].any()
     assert differs[first_affected:12].all()
     assert not differs[12:].any()
+
+
+def test_folding_fills_rows_of_the_longest_segments_length_first_fit() -> None:
+    """Segments of 3, 5, 1, 2 pairs: the longest, then 3 with 2, then 1 in a row of its own."""
+    packed = pack_sequences([sequence(n + 2, 1) for n in (3, 5, 1, 2)], max_pairs=100)
+    folded = fold_segments(packed)
+    assert folded.segment_BT.tolist() == [
+        [1, 1, 1, 1, 1],
+        [0, 0, 0, 3, 3],
+        [2, -1, -1, -1, -1],
+    ]
+    assert folded.position_ids_BT.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0] * 5]
+
+
+def test_folding_keeps_every_pair_and_adds_none_to_the_loss() -> None:
+    packed = pack_sequences(
+        [sequence(n, n // 2, first_token=100 * n) for n in (7, 4, 9, 3, 5)], max_pairs=100
+    )
+
+    def pairs(features: PackedFeatures) -> list[tuple[float, ...]]:
+        is_pair_BT = features.segment_BT >= 0
+        columns = [getattr(features, f.name)[is_pair_BT] for f in dataclasses.fields(features)]
+        flat = [column.double().reshape(len(column), -1)[:, 0].tolist() for column in columns]
+        return sorted(zip(*flat, strict=True))
+
+    folded = fold_segments(packed)
+    assert folded.next_tokens_BT.shape[1] == 7
+    assert pairs(folded) == pairs(packed)
+    assert not folded.loss_mask_BT[folded.segment_BT < 0].any()
+    assert not folded.hidden_BTD[folded.segment_BT < 0].any()
+
+
+def test_one_segment_is_folded_into_itself() -> None:
+    packed = pack_sequences([sequence(9, 2)], max_pairs=100)
+    folded = fold_segments(packed)
+    for f in dataclasses.fields(packed):
+        assert torch.equal(getattr(folded, f.name), getattr(packed, f.name)), f.name
