@@ -96,7 +96,9 @@ class TransformersArm:
         outputs = self._model.generate_batch(
             inputs=requests,
             generation_config=self._config,
-            continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=_CACHE_SHARE),
+            continuous_batching_config=ContinuousBatchingConfig(
+                max_memory_percent=_CACHE_SHARE, max_requests_per_batch=self._batch_size
+            ),
             progress_bar=False,
         )
         return [output.generated_tokens for output in outputs.values()]

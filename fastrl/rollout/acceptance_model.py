@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from fastrl.rollout.step_state import plain_stats, restored_stats
 from fastrl.types import DraftStrategy, StepStats
 
 _FIRST_RANK_PRIOR = 0.5
@@ -300,7 +301,7 @@ class AcceptanceModel:
             "doubt": self._doubt,
             "lengths": [list(astuple(self.lengths[strategy])) for strategy in self._strategies],
             "has_news": self._has_news,
-            "recent": [_plain(stats) for stats in self._recent],
+            "recent": [plain_stats(stats) for stats in self._recent],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -316,7 +317,7 @@ class AcceptanceModel:
         lengths = (AcceptLength(*length) for length in state["lengths"])
         self.lengths = dict(zip(self._strategies, lengths, strict=True))
         self._has_news = state["has_news"]
-        self._recent = deque(map(_stats, state["recent"]), maxlen=_RECENT_STEPS)
+        self._recent = deque(map(restored_stats, state["recent"]), maxlen=_RECENT_STEPS)
 
 
 def effective_rows(num_rows: int) -> float:
@@ -358,27 +359,3 @@ def _drawn_towards(
         (num_accepted + weight * chance) / (num_offered + weight)
         for num_accepted, num_offered, chance in zip(accepted, offered, prior, strict=True)
     ]
-
-
-def _plain(stats: StepStats) -> dict[str, Any]:
-    return {
-        "strategy": str(stats.strategy),
-        "batch_size": stats.batch_size,
-        "context_tokens": stats.context_tokens,
-        "accept_lengths": list(stats.accept_lengths),
-        "seconds": stats.seconds,
-        "offered": [list(counts) for counts in stats.offered_by_rank],
-        "accepted": [list(counts) for counts in stats.accepted_by_rank],
-    }
-
-
-def _stats(plain: dict[str, Any]) -> StepStats:
-    return StepStats(
-        strategy=DraftStrategy.parse(plain["strategy"]),
-        batch_size=plain["batch_size"],
-        context_tokens=plain["context_tokens"],
-        accept_lengths=tuple(plain["accept_lengths"]),
-        seconds=plain["seconds"],
-        offered_by_rank=tuple(map(tuple, plain["offered"])),
-        accepted_by_rank=tuple(map(tuple, plain["accepted"])),
-    )

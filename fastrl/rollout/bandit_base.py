@@ -17,10 +17,15 @@ from typing import Any
 
 from fastrl.rollout.engine import CostQuery
 from fastrl.rollout.gain_meter import GainMeter
+from fastrl.rollout.step_state import plain_stats, restored_stats
 from fastrl.types import OFF, DraftStrategy, StepStats
 
 DEFAULT_BATCH_THRESHOLDS = (1, 2, 5, 9, 17, 33, 65)
 """Buckets 1, 2-4, 5-8, 9-16, 17-32, 33-64, 65 upwards: a step's cost varies little within one."""
+
+MOST_WAITING_STEPS = 4
+"""Steps that wait to be learned together, at most: between decode steps Python runs cold, and four
+at once take about half of what they take one by one."""
 
 MAX_TREE_NODES = 2048
 """Tree nodes a step may verify over all rows: its logits must fit memory (eagle_mab.py:438-446)."""
@@ -97,7 +102,12 @@ class Bandit(ABC):
         """Arms whose steps take the time of a plain one wherever they find nothing to draft."""
         self._meter = GainMeter(len(self.batch_thresholds), len(self.arms), self._two_kinds)
         self._past_regret_s = 0.0
+        self._waiting: list[tuple[int, int, StepStats]] = []  # bucket, arm, step: to be learned
         self._clear_period()
+
+    def _may_wait(self, bucket: int, arm: int) -> bool:
+        """Whether a step of the arm may be learned a few steps later."""
+        return False
 
     @abstractmethod
     def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
@@ -155,10 +165,18 @@ class Bandit(ABC):
         if stats.seconds <= 0 or stats.batch_size < 1:
             raise ValueError(f"bandit: a step needs seconds > 0 and rows >= 1, got {stats}")
         bucket = self._bucket(stats.batch_size)
-        self._measure(bucket, arm, stats)
-        self._observe(bucket, arm, stats)
+        self._waiting.append((bucket, arm, stats))
         if self.journal is not None:
             self.journal.append(stats)
+        if len(self._waiting) >= MOST_WAITING_STEPS or not self._may_wait(bucket, arm):
+            self._learn()
+
+    def _learn(self) -> None:
+        """From the steps that wait."""
+        for bucket, arm, stats in self._waiting:
+            self._measure(bucket, arm, stats)
+            self._observe(bucket, arm, stats)
+        self._waiting.clear()
 
     def _measure(self, bucket: int, arm: int, stats: StepStats) -> None:
         """Count a step's gain, by what was known before it."""
@@ -172,6 +190,7 @@ class Bandit(ABC):
     def replay(self, entry: StepStats | MeasuredCost) -> None:
         """Learn from an entry of a journal, another rank's or one's own, without measuring gains:
         steps of several ranks in turns have no neighbours."""
+        self._learn()
         if isinstance(entry, StepStats):
             self._observe(self._bucket(entry.batch_size), self._arm_index[entry.strategy], entry)
         else:
@@ -195,6 +214,7 @@ class Bandit(ABC):
     def start_period(self) -> None:
         """Count decisions and gains from here on; the regret so far is settled by what is believed
         now."""
+        self._learn()
         self._past_regret_s += self._lost_seconds(self._believed_by_bucket())
         self._meter.start_period()
         self._clear_period()
@@ -228,6 +248,7 @@ class Bandit(ABC):
 
     def report(self) -> BanditReport:
         """This period's decisions and gains, and the present beliefs, for logging."""
+        self._learn()
         by_arm = [sum(counts) for counts in zip(*self._period_choices, strict=True)]
         believed = self._believed_by_bucket()
         lost_seconds = self._lost_seconds(believed)
@@ -287,6 +308,7 @@ class Bandit(ABC):
                 "past_regret_s": self._past_regret_s,
             },
             "rng": self._rng.getstate(),
+            "waiting": [plain_stats(stats) for _, _, stats in self._waiting],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -303,6 +325,10 @@ class Bandit(ABC):
         self._forecasts = {bucket: dict(gains) for bucket, gains in state["period"]["forecasts"]}
         self._meter.load_state_dict(state["period"]["gains"])
         self._past_regret_s = state["period"]["past_regret_s"]
+        waiting = map(restored_stats, state["waiting"])
+        self._waiting = [
+            (self._bucket(s.batch_size), self._arm_index[s.strategy], s) for s in waiting
+        ]
         version, words, gauss_next = state["rng"]
         self._rng.setstate((version, tuple(words), gauss_next))
 

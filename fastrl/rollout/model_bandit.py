@@ -31,11 +31,15 @@ from fastrl.rollout.cost_model import CostModel
 from fastrl.rollout.engine import CostQuery
 from fastrl.types import DraftStrategy, StepStats
 
-_MOST_STEPS_PER_DRAW = 8
+_MOST_STEPS_PER_DRAW = 16
 """Steps that a draw of the best arm serves in a bucket, unless what it rests on changed at once: a
 draft's length decides where the next begins, so that arms in turns yield less than one alone."""
 _STEPS_PER_EVIDENCE = 4
 """Steps of evidence, since a change, for each further step that a draw serves."""
+_FIRST_STEPS = 24
+"""Steps after a change that are learned one by one."""
+_FEWEST_COSTS = 4
+"""Steps in a bucket from which on an arm's time is known."""
 _STEPS_PER_REFRESH, _MOST_STEPS_PER_REFRESH = 8, 64
 """Steps between two looks at the acceptance model; the latter once these tell little new."""
 _STEP_KEEP = 0.999
@@ -116,24 +120,31 @@ class ModelBased(Bandit):
     def _usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
         return self._cost.usual_seconds(arm, bucket, batch_size)
 
+    def _may_wait(self, bucket: int, arm: int) -> bool:
+        is_settled = self._steps_since_change >= _FIRST_STEPS
+        return is_settled and self._cost.num_steps(arm, bucket) >= _FEWEST_COSTS
+
     # -- choice -----------------------------------------------------------------------------------
 
     def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
-        if self._steps_to_control[bucket] <= 0:
+        if self._steps_to_control[bucket] <= 0 and not any(
+            arm == 0 and its == bucket for its, arm, _ in self._waiting
+        ):
             return 0, True
         held = self._held.get(bucket)
         if held is not None and batch_size <= self._max_batch[held]:
             return held, False
+        self._learn()
         candidates = self._candidates(batch_size)
         for arm in candidates:
             if not self._cost.is_known(arm, bucket, batch_size):
                 return arm, True
         options = self._options(bucket, batch_size, candidates)
         drawn = self._draw(options)
-        if drawn is not options[0]:
-            return drawn.arm, True
-        self._held[bucket] = drawn.arm
-        return drawn.arm, False
+        is_best = drawn is options[0]
+        if is_best and self._cost.num_steps(drawn.arm, bucket) >= _FEWEST_COSTS:
+            self._held[bucket] = drawn.arm
+        return drawn.arm, not is_best
 
     def _options(self, bucket: int, batch_size: int, candidates: Sequence[int]) -> list[_Option]:
         """The arms that may be the best at a batch size, the likeliest first."""
@@ -217,6 +228,7 @@ class ModelBased(Bandit):
     def discount(self, keep: float) -> None:
         """Forget acceptance in part, after the policy or the drafter changed; times stay."""
         check_keep(keep)
+        self._learn()
         for acceptance in self._acceptance.values():
             if keep < 1:
                 acceptance.take_notice(keep)
@@ -236,6 +248,7 @@ class ModelBased(Bandit):
     @property
     def num_alarms(self) -> int:
         """Changes of a drafter that were noticed without notice."""
+        self._learn()
         return sum(acceptance.num_alarms for acceptance in self._acceptance.values())
 
     # -- state ------------------------------------------------------------------------------------
