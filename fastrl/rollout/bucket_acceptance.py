@@ -49,6 +49,10 @@ class BucketAcceptance:
         model.forget_alarm()
         return True
 
+    def contradicted(self, bucket: int) -> bool:
+        """Whether the bucket has an estimate of its own."""
+        return bucket in self._own
+
     def num_rows(self, bucket: int) -> float:
         """Rows behind a bucket's estimate."""
         return self._model(bucket).num_rows

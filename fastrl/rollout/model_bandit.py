@@ -31,7 +31,7 @@ from fastrl.rollout.cost_model import CostModel
 from fastrl.rollout.engine import CostQuery
 from fastrl.types import DraftStrategy, StepStats
 
-_MOST_STEPS_PER_DRAW = 16
+_MOST_STEPS_PER_DRAW = 12
 """Steps that a draw of the best arm serves in a bucket, unless what it rests on changed at once: a
 draft's length decides where the next begins, so that arms in turns yield less than one alone."""
 _STEPS_PER_EVIDENCE = 4
@@ -51,6 +51,11 @@ _CONTROL_STEPS = 200
 _FIRST_CONTROL_STEPS = 5
 """The same until `off` has had enough steps there, so that short runs measure their gains too."""
 _ENOUGH_CONTROLS = 4
+_PROBE_STEPS = 64
+"""Decisions in a bucket, one of which at least is for a drafter that was found out there: it may
+have recovered, which nobody tells."""
+_PROMISING = 0.5
+"""Share of first drafts accepted, with which a drafter is tried again at once."""
 _WINNING_DEVIATIONS = 3.5
 """An arm that would have to exceed its mean by so many is not drawn."""
 
@@ -96,6 +101,9 @@ class ModelBased(Bandit):
         self._steps_since_refresh = 0
         self._refresh_steps = _STEPS_PER_REFRESH
         self._steps_to_control = [_FIRST_CONTROL_STEPS] * len(self.batch_thresholds)
+        self._steps_to_probe = [
+            dict.fromkeys(self._kinds, _PROBE_STEPS) for _ in self.batch_thresholds
+        ]
 
     # -- costs ------------------------------------------------------------------------------------
 
@@ -121,6 +129,8 @@ class ModelBased(Bandit):
         return self._cost.usual_seconds(arm, bucket, batch_size)
 
     def _may_wait(self, bucket: int, arm: int) -> bool:
+        if arm and self._acceptance[self.arms[arm].drafter].contradicted(bucket):
+            return False
         is_settled = self._steps_since_change >= _FIRST_STEPS
         return is_settled and self._cost.num_steps(arm, bucket) >= _FEWEST_COSTS
 
@@ -131,6 +141,21 @@ class ModelBased(Bandit):
             arm == 0 and its == bucket for its, arm, _ in self._waiting
         ):
             return 0, True
+        arm, is_exploring = self._choose(bucket, batch_size)
+        probed = self._probed(bucket, batch_size) if arm == 0 else None
+        return (arm, is_exploring) if probed is None else (probed, True)
+
+    def _probed(self, bucket: int, batch_size: int) -> int | None:
+        """The cheapest strategy of a drafter that has to be tried again; None: there is none."""
+        for kind, acceptance in self._acceptance.items():
+            if self._steps_to_probe[bucket][kind] > 0 or not acceptance.contradicted(bucket):
+                continue
+            arms = [a for a in self._candidates(batch_size)[1:] if self.arms[a].drafter == kind]
+            if arms:
+                return min(arms, key=lambda arm: self._cost.seconds(arm, bucket, batch_size))
+        return None
+
+    def _choose(self, bucket: int, batch_size: int) -> tuple[int, bool]:
         held = self._held.get(bucket)
         if held is not None and batch_size <= self._max_batch[held]:
             return held, False
@@ -193,6 +218,9 @@ class ModelBased(Bandit):
         else:
             is_known = self._cost.num_steps(0, bucket) >= _ENOUGH_CONTROLS
             self._steps_to_control[bucket] = _CONTROL_STEPS if is_known else _FIRST_CONTROL_STEPS
+        to_probe = self._steps_to_probe[bucket]
+        for kind in self._kinds:
+            to_probe[kind] -= 1
         self._steps_since_draw += 1
         self._steps_since_change += 1
         self._steps_since_refresh += 1
@@ -200,6 +228,9 @@ class ModelBased(Bandit):
         if arm:
             acceptance = self._acceptance[stats.strategy.drafter]
             started_anew = acceptance.record(bucket, stats)
+            num_hits = sum(stats.accepted_by_rank[0])
+            is_promising = num_hits >= _PROMISING * stats.batch_size
+            to_probe[stats.strategy.drafter] = 0 if is_promising else _PROBE_STEPS
             # A look costs more than a step's counts; it is worth it when they have grown.
             interval = int(acceptance.num_rows(bucket) / (8 * stats.batch_size))
             interval = min(max(interval, _STEPS_PER_REFRESH), _MOST_STEPS_PER_REFRESH)
@@ -265,6 +296,7 @@ class ModelBased(Bandit):
                 "since_refresh": self._steps_since_refresh,
                 "refresh": self._refresh_steps,
                 "to_control": list(self._steps_to_control),
+                "to_probe": [dict(by_kind) for by_kind in self._steps_to_probe],
             },
         }
 
@@ -283,6 +315,7 @@ class ModelBased(Bandit):
         self._steps_since_refresh = steps["since_refresh"]
         self._refresh_steps = steps["refresh"]
         self._steps_to_control = list(steps["to_control"])
+        self._steps_to_probe = [dict(by_kind) for by_kind in steps["to_probe"]]
 
 
 def _reach(option: _Option) -> float:

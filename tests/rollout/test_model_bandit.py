@@ -118,6 +118,20 @@ def test_a_drafter_gone_bad_without_notice_is_left_within_20_steps(batch_size, s
     assert ratio >= 0.95 * best_ratio(world, batch_size)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("batch_size", [4, 16, 32])
+def test_a_drafter_that_recovers_without_notice_is_found_by_probes(batch_size, seed):
+    world = World(0.85, seed=seed)
+    bandit = profiled(world)
+    play(bandit, world, [batch_size] * 200)
+    world.first = world.second = 0.0
+    play(bandit, world, [batch_size] * 200)
+    world.first, world.second = 0.85, 0.1
+    play(bandit, world, [batch_size] * 150)
+    _, ratio = play(bandit, world, [batch_size] * 200)
+    assert ratio >= 0.95 * best_ratio(world, batch_size)
+
+
 def test_excluded_arms_are_not_chosen():
     world = World(0.8)
     bandit = profiled(world)
