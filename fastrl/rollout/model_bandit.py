@@ -1,13 +1,14 @@
 """The default bandit: predicts every arm from a model of acceptance and a model of cost.
 
 Expected tokens a second of an arm are its expected accept length (acceptance_model.py: one estimate
-for all arms of a drafter and all batch sizes) over its expected step time (cost_model.py:
-profiled before the first rollout, then tracked). So a few steps of any tree tell about all trees,
-at all batch sizes, and `off`, whose accept length is 1, is an arm like any other. Each decision
-draws every arm's rate from its posterior and takes the best (Thompson sampling, 1933): arms are
-tried as often as they may be the best, and no more. Besides, four of the first steps in each bucket
-of batch sizes, and then one in two hundred at least, are of `off`: what speculation gains is
-measured against them.
+for all arms of a drafter and, until a bucket shows another, all batch sizes) over its expected step
+time (cost_model.py: profiled before the first rollout, then tracked). So a few steps of any tree
+tell about all trees, at all batch sizes, and `off`, whose accept length is 1, is an arm like any
+other. A decision draws every arm's rate from its posterior and takes the best (Thompson sampling,
+1933): arms are tried as often as they may be the best, and no more. If that is the arm with the
+best mean, it is held for some steps. Besides, four of the first steps in each bucket of batch
+sizes, and then one in two hundred at least, are of `off`: what speculation gains is measured
+against them; and one in 64 is of a drafter that was found out there.
 
 Leaves out the choice among several drafters' trees at once, and agreement between tensor-parallel
 ranks, whose step times differ: there, one rank decides.
