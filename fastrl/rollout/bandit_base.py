@@ -25,7 +25,7 @@ DEFAULT_BATCH_THRESHOLDS = (1, 2, 5, 9, 17, 33, 65)
 
 MOST_WAITING_STEPS = 4
 """Steps that wait to be learned together, at most: between decode steps Python runs cold, and four
-at once take about half of what they take one by one."""
+at once take less than one by one (docs/log.md)."""
 
 MAX_TREE_NODES = 2048
 """Tree nodes a step may verify over all rows: its logits must fit memory (eagle_mab.py:438-446)."""
