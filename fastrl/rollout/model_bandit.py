@@ -151,7 +151,11 @@ class ModelBased(Bandit):
         for kind, acceptance in self._acceptance.items():
             if self._steps_to_probe[bucket][kind] > 0 or not acceptance.contradicted(bucket):
                 continue
-            arms = [a for a in self._candidates(batch_size)[1:] if self.arms[a].drafter == kind]
+            arms = [
+                arm
+                for arm in self._candidates(batch_size)[1:]
+                if self.arms[arm].drafter == kind and self._cost.is_known(arm, bucket, batch_size)
+            ]
             if arms:
                 return min(arms, key=lambda arm: self._cost.seconds(arm, bucket, batch_size))
         return None

@@ -132,6 +132,16 @@ def test_a_drafter_that_recovers_without_notice_is_found_by_probes(batch_size, s
     assert ratio >= 0.95 * best_ratio(world, batch_size)
 
 
+def test_a_probe_is_of_a_strategy_whose_time_is_known():
+    """Without a profile, a bucket's drafter may be found out before all its strategies have run."""
+    bandit = ModelBased(["2_1_3", "4_1_5"])
+    chain = DraftStrategy.parse("2_1_3")
+    for batch_size, first in [(64, 0.9)] * 30 + [(16, 0.0)] * 3 + [(16, 0.97)]:
+        bandit.record(World(first, 0.0).step(chain, batch_size))
+    assert bandit.num_alarms == 1
+    assert bandit.select(16, 100) == chain
+
+
 def test_excluded_arms_are_not_chosen():
     world = World(0.8)
     bandit = profiled(world)
