@@ -3,10 +3,11 @@
 For each depth d and sibling rank r it holds the probability that the target's token is the rank-r
 child of a node at depth d of the accepted path: a mean of what was offered and accepted, which
 fades as policy and drafter change, drawn towards the estimate one level up (a deep level is seldom
-reached). From these, the expected accept length of any tree, run before or not, is that of the best
-static tree of its shape. That is exact for chains; trees are dynamic, so that their measured length
-exceeds it a little: a correction for each is learnt with it. Rows of one step resemble one another,
-the more so where they answer the same prompt: they tell less than as many rows of several steps.
+reached); later children share what the first ones leave of 1. From these, the expected accept
+length of any tree, run before or not, is that of the best static tree of its shape. That is exact
+for chains; trees are dynamic, so that their measured length exceeds it a little: a correction for
+each is learnt with it. Rows of one step resemble one another, the more so where they answer the
+same prompt: they tell less than as many rows of several steps.
 
 A change of the drafter without notice (its weights replaced, say) is told by a cumulative sum of
 the likelihood that first drafts are accepted with other odds (Page, 1954). Leaves out what is then
@@ -30,6 +31,8 @@ from fastrl.types import DraftStrategy, StepStats
 
 _FIRST_RANK_PRIOR = 0.5
 _OTHER_RANKS_PRIOR = 0.1
+_REST_SHARE = 0.5
+"""Of what a node's earlier children leave, a child gets no more by any prior."""
 _PRIOR_ROWS = 4.0
 _LEVEL_ROWS = 8.0
 """Rows that the level above counts for."""
@@ -354,8 +357,17 @@ def static_tree_length(levels: Sequence[Sequence[float]], strategy: DraftStrateg
 def _drawn_towards(
     offered: Sequence[float], accepted: Sequence[float], prior: Sequence[float], weight: float
 ) -> list[float]:
-    """Shares accepted, as if `weight` more had been offered and accepted at the prior's rate."""
-    return [
-        (num_accepted + weight * chance) / (num_offered + weight)
-        for num_accepted, num_offered, chance in zip(accepted, offered, prior, strict=True)
-    ]
+    """Shares accepted, as if `weight` more had been offered and accepted at the prior's rate, and
+    no more in all than 1.
+
+    A dynamic tree offers later children where the first are unsure: what was accepted of them there
+    may exceed what is left on the whole.
+    """
+    shares: list[float] = []
+    rest = 1.0
+    for num_accepted, num_offered, chance in zip(accepted, offered, prior, strict=True):
+        prior_chance = min(chance, _REST_SHARE * rest) if shares else chance
+        share = (num_accepted + weight * prior_chance) / (num_offered + weight)
+        shares.append(min(share, rest))
+        rest -= shares[-1]
+    return shares

@@ -233,6 +233,33 @@ def test_acceptance_is_counts_drawn_towards_the_level_above():
         above = expected
 
 
+def test_no_tree_is_believed_to_yield_more_than_its_depth():
+    """Chains show nothing of second children, which get no more than first ones leave."""
+    chain, tree = DraftStrategy.parse("6_1_7"), DraftStrategy.parse("6_2_12")
+    model = AcceptanceModel([chain, tree])
+    world = World(0.97, 0.02)
+    for _ in range(200):
+        model.record(world.step(chain, 8))
+    for level in model.probabilities():
+        assert sum(level) <= 1
+    lengths = model.expected_lengths()
+    assert lengths[tree].mean == pytest.approx(world.expected_length(tree), rel=0.05)
+    assert lengths[chain].mean <= lengths[tree].mean <= 7
+
+
+def test_second_children_that_were_accepted_where_they_were_offered_leave_nothing_above_one():
+    tree = DraftStrategy.parse("1_2_3")
+    model = AcceptanceModel([tree])
+    stats = World(0.9).step(tree, 10)
+    for _ in range(50):
+        offered_seldom = dataclasses.replace(
+            stats, offered_by_rank=((10, 1),), accepted_by_rank=((9, 1),)
+        )
+        model.record(offered_seldom)
+    first, second = model.probabilities()[0]
+    assert second == pytest.approx(1 - first)
+
+
 def test_rows_of_a_step_that_are_all_alike_are_no_alarm():
     """Eight samples of one prompt that stand at the same hard word."""
     strategy = DraftStrategy.parse("4_1_5")
