@@ -221,6 +221,9 @@ class StepStats:
     that rank in the tree (a node's children rank from 0, the most likely first)."""
     accepted_by_rank: tuple[tuple[int, ...], ...] = ()
     """[depth][rank]: rows among them that accepted this very child; at most one rank a row."""
+    referenced_rows: int = 0
+    """Rows whose prompt has a whole response that n-grams can look things up in: a finished one of
+    the same group, or one from when it was asked before."""
 
     @property
     def num_tokens(self) -> int:

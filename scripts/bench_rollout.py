@@ -5,9 +5,9 @@ each round, so that a machine's moods meet all of them; each round's ratio to `o
 the round. Batches are kept full from a queue, as in a rollout; prefills count. Tokens of all engine
 arms must be the same: in float32 a difference ends the run with an error, in bfloat16 rounding may
 move a token, and differing rollouts are counted. The adaptive arm's bandit is one for all batch
-sizes, as in a run, and keeps what it learnt; warm-up rounds are run but not counted. N-gram arms
-find the responses of the round before, which had other seeds: as in a second epoch, but by the same
-policy, which flatters them.
+sizes, as in a run, and keeps what it learnt; warm-up rounds are run but not counted. Each round
+asks prompts of its own, so that n-gram arms find a prompt's other responses, and none of an earlier
+time.
 
     python scripts/bench_rollout.py --model models/quickstart/policy \\
         --drafter models/quickstart/drafter --ckpt CKPT --json bench.json --plot bench.png
@@ -178,8 +178,8 @@ def load_weights(bench: Bench) -> tuple[PreTrainedModel, dict[str, Tensor]]:
 
 
 def load_prompts(bench: Bench) -> list[Prompt]:
-    """As many held-out questions as the largest batch takes."""
-    num_prompts = -(-num_rollouts(bench, max(bench.batch_sizes)) // bench.num_samples)
+    """As many held-out questions as the largest batch takes in all rounds."""
+    num_prompts = num_prompts_of_round(bench, max(bench.batch_sizes)) * num_rounds(bench)
     source = ReasoningGymPrompts(
         bench.task, config=bench.task_config, num_train=1, num_held_out=num_prompts
     )
@@ -195,6 +195,16 @@ def load_prompts(bench: Bench) -> list[Prompt]:
 def num_rollouts(bench: Bench, batch_size: int) -> int:
     """Of a round."""
     return max(bench.min_rollouts, bench.rollouts_per_row * batch_size)
+
+
+def num_prompts_of_round(bench: Bench, batch_size: int) -> int:
+    """Each asked for `num_samples` responses."""
+    return max(num_rollouts(bench, batch_size) // bench.num_samples, 1)
+
+
+def num_rounds(bench: Bench) -> int:
+    """Those of warming up included."""
+    return bench.warm_up_rounds + bench.rounds
 
 
 def make_arms(
@@ -231,18 +241,21 @@ def make_arms(
 def measure(
     bench: Bench, batch_size: int, arms: dict[str, Arm], prompts: Sequence[Prompt]
 ) -> list[Figure]:
-    """Rounds over all arms at one batch size; prints a line an arm."""
+    """Rounds over all arms at one batch size; prints a line an arm.
+
+    Each round asks prompts of its own, as the steps of a run's first epoch do: n-gram arms find
+    what a prompt's other responses hold, and nothing from an earlier round.
+    """
     rng = random.Random(f"{bench.seed}/{batch_size}")
-    num_prompts = max(num_rollouts(bench, batch_size) // bench.num_samples, 1)
+    num_prompts = num_prompts_of_round(bench, batch_size)
     rates: dict[str, list[float]] = {name: [] for name in arms}
     num_different = dict.fromkeys(arms, 0)
-    for round_ in range(bench.warm_up_rounds + bench.rounds):
+    for round_ in range(num_rounds(bench)):
+        asked = prompts[round_ * num_prompts : (round_ + 1) * num_prompts]
         responses: dict[str, Responses] = {}
         for name in rng.sample(list(arms), len(arms)):
             started = time.perf_counter()
-            responses[name] = arms[name].generate(
-                prompts[:num_prompts], bench.num_samples, bench.seed + round_
-            )
+            responses[name] = arms[name].generate(asked, bench.num_samples, bench.seed + round_)
             seconds = time.perf_counter() - started
             if round_ >= bench.warm_up_rounds:
                 rates[name].append(sum(map(len, responses[name])) / seconds)

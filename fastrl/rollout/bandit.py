@@ -86,7 +86,9 @@ class FixedStrategy:
         """The one."""
         return (self.strategy,)
 
-    def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
+    def select(
+        self, batch_size: int, context_tokens: int, referenced_rows: int = 0
+    ) -> DraftStrategy:
         """The strategy, whatever the batch, or what stands in for it while it is excluded."""
         return self._stand_in if self._is_excluded else self.strategy
 
@@ -294,7 +296,7 @@ class Predefined(WindowBandit):
         super().__init__(list(speculative), thresholds, window_size, min_tries=0, seed=0)
         self._arm_of_bucket = [self._arm_index[strategy] for strategy in named]
 
-    def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
+    def _decide(self, bucket: int, batch_size: int, referenced_rows: int) -> tuple[int, bool]:
         return self._arm_of_bucket[bucket], False
 
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:

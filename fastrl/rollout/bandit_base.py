@@ -110,7 +110,7 @@ class Bandit(ABC):
         return False
 
     @abstractmethod
-    def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
+    def _decide(self, bucket: int, batch_size: int, referenced_rows: int) -> tuple[int, bool]:
         """The arm of a step, and whether it is taken to learn."""
 
     @abstractmethod
@@ -134,10 +134,12 @@ class Bandit(ABC):
         """All arms, `off` first."""
         return self.arms
 
-    def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
+    def select(
+        self, batch_size: int, context_tokens: int, referenced_rows: int = 0
+    ) -> DraftStrategy:
         """Strategy for a step over `batch_size` live rows; context length is not looked at."""
         bucket = self._bucket(batch_size)
-        arm, is_exploring = self._decide(bucket, batch_size)
+        arm, is_exploring = self._decide(bucket, batch_size, referenced_rows)
         self._period_choices[bucket][arm] += 1
         self._period_explored += is_exploring
         return self.arms[arm]

@@ -113,7 +113,7 @@ class WindowBandit(Bandit):
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
         """One of two or more candidates, all with steps in the bucket; whether it explores."""
 
-    def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
+    def _decide(self, bucket: int, batch_size: int, referenced_rows: int) -> tuple[int, bool]:
         arm, is_exploring = self._decide_among(bucket, self._candidates(batch_size))
         self._num_selected[bucket][arm] += 1
         return arm, is_exploring

@@ -5,7 +5,8 @@ bucket gets one of its own, begun with those steps, and keeps it until its steps
 too. So the few rows that a rollout ends with, often the hardest, change no belief about the next
 rollout's full batch; and a drafter gone bad is told in each bucket by its own steps.
 
-Leaves out the estimate itself (acceptance_model.py).
+Leaves out the estimate itself (acceptance_model.py), and n-grams (ngram_acceptance.py), whose
+questions it shares: the `level` of a step is theirs alone.
 """
 
 from __future__ import annotations
@@ -53,13 +54,17 @@ class BucketAcceptance:
         """Whether the bucket has an estimate of its own."""
         return bucket in self._own
 
-    def num_rows(self, bucket: int) -> float:
+    def num_rows(self, bucket: int, level: int = 0) -> float:
         """Rows behind a bucket's estimate."""
         return self._model(bucket).num_rows
 
-    def lengths(self, bucket: int) -> Mapping[DraftStrategy, AcceptLength]:
+    def lengths(self, bucket: int, level: int = 0) -> Mapping[DraftStrategy, AcceptLength]:
         """What is believed of each strategy in a bucket, by the last look."""
         return self._model(bucket).lengths
+
+    def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
+        """The means of these."""
+        return {strategy: length.mean for strategy, length in self.lengths(bucket).items()}
 
     def look(self, keep: float) -> None:
         """Bring beliefs up to date; older steps count for the share `keep`, none for too much."""

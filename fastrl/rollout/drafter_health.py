@@ -102,9 +102,11 @@ class WatchedSelector:
         """The selector's."""
         return self._selector.strategies
 
-    def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
+    def select(
+        self, batch_size: int, context_tokens: int, referenced_rows: int = 0
+    ) -> DraftStrategy:
         """The selector's choice."""
-        return self._selector.select(batch_size, context_tokens)
+        return self._selector.select(batch_size, context_tokens, referenced_rows)
 
     def record(self, stats: StepStats) -> None:
         """Pass the step on to both."""

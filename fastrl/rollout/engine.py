@@ -44,8 +44,11 @@ class StrategySelector(Protocol):
         """All that it may choose: an engine refuses, when it starts, those it cannot run."""
         ...
 
-    def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
-        """Strategy for a step over `batch_size` live rows, the longest of `context_tokens`."""
+    def select(
+        self, batch_size: int, context_tokens: int, referenced_rows: int = 0
+    ) -> DraftStrategy:
+        """Strategy for a step over `batch_size` live rows, the longest of `context_tokens`;
+        `referenced_rows` as in `StepStats`, 0 from an engine that does not know."""
         ...
 
     def record(self, stats: StepStats) -> None:

@@ -1,14 +1,18 @@
 """The default bandit: predicts every arm from a model of acceptance and a model of cost.
 
-Expected tokens a second of an arm are its expected accept length (acceptance_model.py: one estimate
-for all arms of a drafter and, until a bucket shows another, all batch sizes) over its expected step
-time (cost_model.py: profiled before the first rollout, then tracked). So a few steps of any tree
-tell about all trees, at all batch sizes, and `off`, whose accept length is 1, is an arm like any
-other. A decision draws every arm's rate from its posterior and takes the best (Thompson sampling,
-1933): arms are tried as often as they may be the best, and no more. If that is the arm with the
-best mean, it is held for some steps. Besides, four of the first steps in each bucket of batch
-sizes, and then one in two hundred at least, are of `off`: what speculation gains is measured
-against them; and one in 64 is of a drafter that was found out there.
+Expected tokens a second of an arm are its expected accept length over its expected step time.
+Accept lengths come from one estimate for all arms of a drafter and, until a bucket shows another,
+all batch sizes (acceptance_model.py, bucket_acceptance.py); for n-grams, from one for each bucket
+and each of three shares of rows that have a response to look things up in (ngram_acceptance.py).
+Step times are profiled before the first rollout, then tracked (cost_model.py). So a few steps of
+any tree tell about all trees, those of a learned drafter at all batch sizes, and `off`, whose
+accept length is 1, is an arm like any other.
+
+A decision draws every arm's rate from its posterior and takes the best (Thompson sampling, 1933):
+arms are tried as often as they may be the best, and no more. If that is the arm with the best mean,
+it is held for some steps. Besides, four of the first steps in each bucket of batch sizes, and then
+one in two hundred at least, are of `off`: what speculation gains is measured against them; and one
+in 64 is of a drafter that was found out there.
 
 Leaves out the choice among several drafters' trees at once, and agreement between tensor-parallel
 ranks, whose step times differ: there, one rank decides.
@@ -30,6 +34,7 @@ from fastrl.rollout.bandit_base import (
 from fastrl.rollout.bucket_acceptance import BucketAcceptance
 from fastrl.rollout.cost_model import CostModel
 from fastrl.rollout.engine import CostQuery
+from fastrl.rollout.ngram_acceptance import NgramAcceptance, reference_level
 from fastrl.types import DraftStrategy, StepStats
 
 _MOST_STEPS_PER_DRAW = 12
@@ -94,14 +99,20 @@ class ModelBased(Bandit):
             if not arm.is_off:
                 kinds.setdefault(arm.drafter, []).append(arm)
         self._kinds = list(kinds)
-        self._acceptance = {kind: BucketAcceptance(arms) for kind, arms in kinds.items()}
-        self._cost = CostModel(len(self.arms), len(self.batch_thresholds), self._two_kinds)
-        self._held: dict[int, int] = {}  # by bucket: the arm drawn that is believed the best
+        num_buckets = len(self.batch_thresholds)
+        self._ngrams = NgramAcceptance(kinds["ngram"], num_buckets) if "ngram" in kinds else None
+        self._acceptance: dict[str, BucketAcceptance | NgramAcceptance] = {
+            kind: self._ngrams if kind == "ngram" and self._ngrams else BucketAcceptance(arms)
+            for kind, arms in kinds.items()
+        }
+        self._cost = CostModel(len(self.arms), num_buckets, self._two_kinds)
+        # By bucket and level: the arm drawn that is believed the best.
+        self._held: dict[tuple[int, int], int] = {}
         self._steps_since_draw = 0
         self._steps_since_change = 0
         self._steps_since_refresh = 0
         self._refresh_steps = _STEPS_PER_REFRESH
-        self._steps_to_control = [_FIRST_CONTROL_STEPS] * len(self.batch_thresholds)
+        self._steps_to_control = [_FIRST_CONTROL_STEPS] * num_buckets
         self._steps_to_probe = [
             dict.fromkeys(self._kinds, _PROBE_STEPS) for _ in self.batch_thresholds
         ]
@@ -137,12 +148,14 @@ class ModelBased(Bandit):
 
     # -- choice -----------------------------------------------------------------------------------
 
-    def _decide(self, bucket: int, batch_size: int) -> tuple[int, bool]:
+    def _decide(self, bucket: int, batch_size: int, referenced_rows: int) -> tuple[int, bool]:
         if self._steps_to_control[bucket] <= 0 and not any(
             arm == 0 and its == bucket for its, arm, _ in self._waiting
         ):
             return 0, True
-        arm, is_exploring = self._choose(bucket, batch_size)
+        arm, is_exploring = self._choose(
+            bucket, self._level(referenced_rows, batch_size), batch_size
+        )
         probed = self._probed(bucket, batch_size) if arm == 0 else None
         return (arm, is_exploring) if probed is None else (probed, True)
 
@@ -160,8 +173,12 @@ class ModelBased(Bandit):
                 return min(arms, key=lambda arm: self._cost.seconds(arm, bucket, batch_size))
         return None
 
-    def _choose(self, bucket: int, batch_size: int) -> tuple[int, bool]:
-        held = self._held.get(bucket)
+    def _level(self, referenced_rows: int, batch_size: int) -> int:
+        """Of n-grams; always 0 without any."""
+        return reference_level(referenced_rows, batch_size) if self._ngrams else 0
+
+    def _choose(self, bucket: int, level: int, batch_size: int) -> tuple[int, bool]:
+        held = self._held.get((bucket, level))
         if held is not None and batch_size <= self._max_batch[held]:
             return held, False
         self._learn()
@@ -169,18 +186,20 @@ class ModelBased(Bandit):
         for arm in candidates:
             if not self._cost.is_known(arm, bucket, batch_size):
                 return arm, True
-        options = self._options(bucket, batch_size, candidates)
+        options = self._options(bucket, level, batch_size, candidates)
         drawn = self._draw(options)
         is_best = drawn is options[0]
         if is_best and self._cost.num_steps(drawn.arm, bucket) >= _FEWEST_COSTS:
-            self._held[bucket] = drawn.arm
+            self._held[bucket, level] = drawn.arm
         return drawn.arm, not is_best
 
-    def _options(self, bucket: int, batch_size: int, candidates: Sequence[int]) -> list[_Option]:
+    def _options(
+        self, bucket: int, level: int, batch_size: int, candidates: Sequence[int]
+    ) -> list[_Option]:
         """The arms that may be the best at a batch size, the likeliest first."""
         options = []
         for arm in candidates:
-            believed = self._length(arm, bucket)
+            believed = self._length(arm, bucket, level)
             options.append(
                 _Option(
                     arm,
@@ -230,6 +249,9 @@ class ModelBased(Bandit):
         self._steps_since_change += 1
         self._steps_since_refresh += 1
         started_anew = False
+        level = self._level(stats.referenced_rows, stats.batch_size)
+        if self._ngrams is not None:
+            self._ngrams.see(bucket, level)
         if arm:
             acceptance = self._acceptance[stats.strategy.drafter]
             started_anew = acceptance.record(bucket, stats)
@@ -237,7 +259,7 @@ class ModelBased(Bandit):
             is_promising = num_hits >= _PROMISING * stats.batch_size
             to_probe[stats.strategy.drafter] = 0 if is_promising else _PROBE_STEPS
             # A look costs more than a step's counts; it is worth it when they have grown.
-            interval = int(acceptance.num_rows(bucket) / (8 * stats.batch_size))
+            interval = int(acceptance.num_rows(bucket, level) / (8 * stats.batch_size))
             interval = min(max(interval, _STEPS_PER_REFRESH), _MOST_STEPS_PER_REFRESH)
             self._refresh_steps = interval
         steps_per_draw = min(
@@ -253,9 +275,18 @@ class ModelBased(Bandit):
         elif self._steps_since_draw >= steps_per_draw:
             self._draw_anew()
 
-    def _length(self, arm: int, bucket: int) -> AcceptLength:
+    def _length(self, arm: int, bucket: int, level: int) -> AcceptLength:
+        if arm == 0:
+            return PLAIN_LENGTH
         strategy = self.arms[arm]
-        return self._acceptance[strategy.drafter].lengths(bucket)[strategy] if arm else PLAIN_LENGTH
+        return self._acceptance[strategy.drafter].lengths(bucket, level)[strategy]
+
+    def _mean_length(self, arm: int, bucket: int) -> float:
+        """Over the steps that the bucket lately had."""
+        if arm == 0:
+            return 1.0
+        strategy = self.arms[arm]
+        return self._acceptance[strategy.drafter].mean_lengths(bucket)[strategy]
 
     def _draw_anew(self) -> None:
         self._held.clear()
@@ -278,7 +309,7 @@ class ModelBased(Bandit):
         for arm in self._candidates(batch_size):
             if self._cost.is_known(arm, bucket, batch_size):
                 seconds = self._cost.seconds(arm, bucket, batch_size)
-                rates[arm] = self._length(arm, bucket).mean / seconds
+                rates[arm] = self._mean_length(arm, bucket) / seconds
         return {arm: rate / rates[0] for arm, rate in rates.items()} if 0 in rates else {}
 
     @property
@@ -294,7 +325,7 @@ class ModelBased(Bandit):
         return super().state_dict() | {
             "acceptance": {kind: own.state_dict() for kind, own in self._acceptance.items()},
             "cost": self._cost.state_dict(),
-            "held": dict(self._held),
+            "held": [[*place, arm] for place, arm in self._held.items()],
             "steps": {
                 "since_draw": self._steps_since_draw,
                 "since_change": self._steps_since_change,
@@ -311,7 +342,7 @@ class ModelBased(Bandit):
         for kind, acceptance in self._acceptance.items():
             acceptance.load_state_dict(state["acceptance"][kind])
         self._cost.load_state_dict(state["cost"])
-        self._held = dict(state["held"])
+        self._held = {(bucket, level): arm for bucket, level, arm in state["held"]}
         if any(self.arms[arm] in self._excluded for arm in self._held.values()):
             self._held.clear()
         steps = state["steps"]

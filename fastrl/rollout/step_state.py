@@ -18,6 +18,7 @@ def plain_stats(stats: StepStats) -> dict[str, Any]:
         "seconds": stats.seconds,
         "offered": [list(counts) for counts in stats.offered_by_rank],
         "accepted": [list(counts) for counts in stats.accepted_by_rank],
+        "referenced_rows": stats.referenced_rows,
     }
 
 
@@ -31,4 +32,5 @@ def restored_stats(plain: Mapping[str, Any]) -> StepStats:
         seconds=plain["seconds"],
         offered_by_rank=tuple(map(tuple, plain["offered"])),
         accepted_by_rank=tuple(map(tuple, plain["accepted"])),
+        referenced_rows=plain["referenced_rows"],
     )

@@ -36,7 +36,9 @@ from fastrl.types import (
 class AlwaysOff:
     """A strategy selector that never speculates."""
 
-    def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
+    def select(
+        self, batch_size: int, context_tokens: int, referenced_rows: int = 0
+    ) -> DraftStrategy:
         return OFF
 
     def record(self, stats: StepStats) -> None: ...

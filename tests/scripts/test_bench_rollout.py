@@ -89,12 +89,26 @@ class Scripted:
 
 def test_an_arm_whose_tokens_differ_ends_the_run():
     with pytest.raises(SystemExit, match=r"tokens differ from plain decoding's.*'2_1_3': 4"):
-        measure(tiny(), 1, {"off": Scripted(1), "2_1_3": Scripted(2)}, make_prompts(1))
+        measure(tiny(), 1, {"off": Scripted(1), "2_1_3": Scripted(2)}, make_prompts(2))
+
+
+def test_each_round_asks_prompts_of_its_own():
+    """N-grams must not find what was answered a round ago."""
+    asked = []
+
+    class Listening(Scripted):
+        def generate(self, prompts, num_samples, seed):
+            asked.append([prompt.prompt_id for prompt in prompts])
+            return super().generate(prompts, num_samples, seed)
+
+    bench = tiny(rounds=2, warm_up_rounds=1, rollouts_per_row=4, num_samples=2)
+    measure(bench, 1, {"off": Listening(1)}, bench_rollout.load_prompts(bench))
+    assert len({prompt_id for ids in asked for prompt_id in ids}) == sum(map(len, asked)) == 3 * 2
 
 
 def test_rounding_may_move_tokens_in_bfloat16(capsys):
     arms = {"off": Scripted(1), "2_1_3": Scripted(2)}
-    measure(tiny(dtype="bfloat16"), 1, arms, make_prompts(1))
+    measure(tiny(dtype="bfloat16"), 1, arms, make_prompts(2))
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "4"
 
 

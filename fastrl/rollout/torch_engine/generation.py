@@ -183,7 +183,8 @@ class Generation:
         """One decode step of all live rows; why each ended, if it did."""
         rows = self._rows
         context_tokens = rows.longest + 1
-        strategy = self._selector.select(len(rows), context_tokens)
+        referenced_rows = self._ngram_drafting.num_referenced(rows)
+        strategy = self._selector.select(len(rows), context_tokens, referenced_rows)
         self._check_strategy(strategy)
         started = perf_counter()
         tree = self._draft(strategy)
@@ -200,6 +201,7 @@ class Generation:
                 seconds=perf_counter() - started,
                 offered_by_rank=offered,
                 accepted_by_rank=accepted,
+                referenced_rows=referenced_rows,
             )
         )
         return reasons
@@ -300,6 +302,7 @@ class Generation:
             with torch.inference_mode(False):  # an ordinary tensor, which training may use
                 hidden_states = hidden_SD[: request.cached_length].clone()
         self.statistics.add_rollout(len(request.tokens))
+        self._ngram_drafting.finish(request)
         self._rollouts[request.place] = Rollout(
             prompt=request.prompt,
             sample_index=request.sample_index,

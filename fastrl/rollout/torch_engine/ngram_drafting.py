@@ -28,6 +28,7 @@ class _Group:
     requests: list[Request] = field(default_factory=list)
     index: SuffixIndex | None = None
     texts: dict[int, int] = field(default_factory=dict)  # in the index, by the request's place
+    has_whole_response: bool = False
 
     def catch_up(self, store: ResponseStore) -> SuffixIndex:
         """Index every token sampled since the last time; the store's responses first."""
@@ -67,8 +68,20 @@ class NgramDrafting:
 
     def admit(self, request: Request) -> None:
         """A request starts; its tokens are read from it as they come."""
-        group = self._groups.setdefault(id(request.prompt), _Group(prompt=request.prompt))
+        prompt = request.prompt
+        if (group := self._groups.get(id(prompt))) is None:
+            group = self._groups[id(prompt)] = _Group(prompt=prompt)
+            group.has_whole_response = bool(self._store.responses(prompt.prompt_id))
         group.requests.append(request)
+
+    def finish(self, request: Request) -> None:
+        """A request ended: its response is whole."""
+        self._groups[id(request.prompt)].has_whole_response = True
+
+    def num_referenced(self, rows: LiveRows) -> int:
+        """Live rows whose prompt has a whole response; see `StepStats.referenced_rows`."""
+        groups = self._groups
+        return sum(groups[id(request.prompt)].has_whole_response for request in rows.requests)
 
     def draft(self, rows: LiveRows, strategy: DraftStrategy) -> DraftTree:
         """A tree for each live row: as large as the largest, the others filled up; the root alone

@@ -32,7 +32,9 @@ class _Stopwatch:
         self.strategies = (strategy,)
         self.seconds: list[float] = []
 
-    def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
+    def select(
+        self, batch_size: int, context_tokens: int, referenced_rows: int = 0
+    ) -> DraftStrategy:
         return self.strategies[0]
 
     def record(self, stats: StepStats) -> None:

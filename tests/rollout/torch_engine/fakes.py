@@ -20,7 +20,9 @@ class CyclingSelector:
         self.strategies = [DraftStrategy.parse(text) for text in strategies]
         self.recorded: list[StepStats] = []
 
-    def select(self, batch_size: int, context_tokens: int) -> DraftStrategy:
+    def select(
+        self, batch_size: int, context_tokens: int, referenced_rows: int = 0
+    ) -> DraftStrategy:
         return self.strategies[len(self.recorded) % len(self.strategies)]
 
     def record(self, stats: StepStats) -> None:

@@ -74,6 +74,38 @@ def test_responses_of_the_call_before_are_drafted_from_and_yield_to_newer_ones()
     assert tree.tokens_BN[0, 1] == 30
 
 
+def test_rows_have_a_reference_once_a_sibling_is_finished_or_the_prompt_was_asked_before():
+    known = Prompt(prompt_id=6, tokens=(2, 3), text="", answer="")
+    store = ResponseStore()
+    store.put(6, [[9, 10]])
+    first, second, other = request(0, [7]), request(1, [7]), request(2, [7], known)
+    drafting = drafting_of(first, second, other, store=store)
+    assert drafting.num_referenced(rows_of(first, second)) == 0
+    assert drafting.num_referenced(rows_of(first, second, other)) == 1
+    drafting.finish(first)
+    assert drafting.num_referenced(rows_of(second, other)) == 2
+
+
+def test_selectors_are_told_of_references_before_a_step_and_after_it(bare_engine):
+    """Two rows at a time, of prompts with four samples each."""
+    told = []
+
+    class Told(CyclingSelector):
+        def select(self, batch_size, context_tokens, referenced_rows=0):
+            told.append(referenced_rows)
+            return super().select(batch_size, context_tokens, referenced_rows)
+
+    selector = bare_engine.strategy_selector = Told(["off", "ngram_8_1_9"])
+    bare_engine.max_batch_size = 2
+    bare_engine.generate(make_prompts(2), GREEDY, num_samples=4)
+    assert told == [stats.referenced_rows for stats in selector.recorded]
+    assert told[0] == 0
+    assert told[-1] == selector.recorded[-1].batch_size
+    first_time = len(told)
+    bare_engine.generate(make_prompts(2), GREEDY, num_samples=4)
+    assert told[first_time:] == [s.batch_size for s in selector.recorded[first_time:]]
+
+
 def test_a_batch_with_nothing_to_draft_is_plain_decoding():
     rows = [request(0, [7]), request(1, [8])]
     for strategy in ("ngram_4_1_5", "ngram_3_3_10"):
@@ -180,7 +212,7 @@ def test_switching_to_n_grams_late_drafts_from_all_that_was_generated_before(bar
     """Six rows at once: half of the samples, then the others."""
 
     class LateNgrams(CyclingSelector):
-        def select(self, batch_size, context_tokens):
+        def select(self, batch_size, context_tokens, referenced_rows=0):
             return self.strategies[len(self.recorded) >= 59]
 
     selector = bare_engine.strategy_selector = LateNgrams(["off", "ngram_8_1_9"])

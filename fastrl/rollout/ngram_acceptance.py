@@ -1,0 +1,132 @@
+"""Acceptance of n-gram drafts, by how many rows have a whole response to look things up in.
+
+Where a response to the same prompt is finished, most of what follows may stand in it; where all
+samples of a prompt are still under way, little does. That changes within a rollout, from the start
+of a group to its last rows, much faster than any estimate can follow, but is known before each
+step: so there is an estimate for each of a few shares of such rows. In each bucket of batch sizes
+that becomes another one, of what is believed over all buckets at first and then of the bucket's own
+steps: rows that go on where their siblings, begun with them, have ended are those that went another
+way; rows begun later are not.
+
+Leaves out the estimate itself (acceptance_model.py). N-grams have no weights that could go bad, so
+nothing here looks for contradictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastrl.rollout.acceptance_model import AcceptanceModel, AcceptLength
+from fastrl.types import DraftStrategy, StepStats
+
+NUM_LEVELS = 3
+"""Few, some and most of the rows: in thirds."""
+_MIX_KEEP = 0.98
+"""Share of what a bucket's mix of levels was that a step leaves."""
+
+
+def reference_level(referenced_rows: int, batch_size: int) -> int:
+    """The level of a step, from 0: in which third the share of its rows is that have a reference;
+    all of them are in the last."""
+    return min(NUM_LEVELS * referenced_rows // batch_size, NUM_LEVELS - 1)
+
+
+class NgramAcceptance:
+    """Of n-gram drafts; the same questions as to `BucketAcceptance`.
+
+    Args:
+        strategies: all of them.
+        num_buckets: of batch sizes.
+    """
+
+    def __init__(self, strategies: Sequence[DraftStrategy], num_buckets: int) -> None:
+        self._strategies = list(strategies)
+        self._shared = [AcceptanceModel(strategies) for _ in range(NUM_LEVELS)]
+        self._own: dict[tuple[int, int], AcceptanceModel] = {}  # by bucket and level
+        self._mixes = [[0.0] * NUM_LEVELS for _ in range(num_buckets)]
+        self.num_alarms = 0
+        """None, ever."""
+
+    def _models(self) -> Iterator[AcceptanceModel]:
+        yield from self._shared
+        yield from self._own.values()
+
+    def _model(self, bucket: int, level: int) -> AcceptanceModel:
+        """The bucket's own, which begins as a doubtful copy of the one of all buckets."""
+        model = self._own.get((bucket, level))
+        if model is None:
+            model = AcceptanceModel(self._strategies)
+            model.load_state_dict(self._shared[level].state_dict())
+            model.take_notice(1.0)
+            model.look()
+            self._own[bucket, level] = model
+        return model
+
+    def see(self, bucket: int, level: int) -> None:
+        """A step of any strategy was run in a bucket at a level."""
+        mix = self._mixes[bucket]
+        mix[:] = [_MIX_KEEP * weight for weight in mix]
+        mix[level] += 1.0
+
+    def record(self, bucket: int, stats: StepStats) -> bool:
+        """Learn from a step; never a contradiction."""
+        level = reference_level(stats.referenced_rows, stats.batch_size)
+        model = self._model(bucket, level)
+        self._shared[level].record(stats)
+        return model.record(stats)
+
+    def contradicted(self, bucket: int) -> bool:
+        """Never."""
+        return False
+
+    def num_rows(self, bucket: int, level: int) -> float:
+        """Rows behind an estimate."""
+        return self._model(bucket, level).num_rows
+
+    def lengths(self, bucket: int, level: int) -> Mapping[DraftStrategy, AcceptLength]:
+        """What is believed of each strategy, by the last look."""
+        return self._model(bucket, level).lengths
+
+    def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
+        """What is believed of each strategy over the levels of a bucket's last steps."""
+        mix = self._mixes[bucket] if any(self._mixes[bucket]) else [1.0]
+        seen = [(weight, level) for level, weight in enumerate(mix) if weight]
+        return {
+            strategy: sum(
+                weight * self.lengths(bucket, level)[strategy].mean for weight, level in seen
+            )
+            / sum(mix)
+            for strategy in self._strategies
+        }
+
+    def look(self, keep: float) -> None:
+        """Bring beliefs up to date; older steps count for the share `keep`, none for too much."""
+        for model in self._models():
+            model.discount(keep)
+            model.bound()
+            model.look_if_news()
+
+    def take_notice(self, keep: float) -> None:
+        """The policy changed: see `AcceptanceModel.take_notice`."""
+        for model in self._models():
+            model.take_notice(keep)
+            model.look()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All estimates, in plain numbers, lists and strings."""
+        return {
+            "shared": [model.state_dict() for model in self._shared],
+            "own": [[*place, model.state_dict()] for place, model in self._own.items()],
+            "mixes": [list(mix) for mix in self._mixes],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        for model, saved in zip(self._shared, state["shared"], strict=True):
+            model.load_state_dict(saved)
+        self._own = {}
+        for bucket, level, saved in state["own"]:
+            self._own[bucket, level] = AcceptanceModel(self._strategies)
+            self._own[bucket, level].load_state_dict(saved)
+        self._mixes = [list(mix) for mix in state["mixes"]]
