@@ -108,9 +108,9 @@ class NgramAcceptance:
             model.look_if_news()
 
     def take_notice(self, keep: float) -> None:
-        """The policy changed: see `AcceptanceModel.take_notice`."""
+        """The policy changed; n-grams have no drafter that could have been replaced."""
         for model in self._models():
-            model.take_notice(keep)
+            model.discount(keep)
             model.look()
 
     def state_dict(self) -> dict[str, Any]:

@@ -99,6 +99,17 @@ def test_a_saved_estimate_goes_on_as_the_one_that_was_saved():
     assert resumed.mean_lengths(3) == acceptance.mean_lengths(3)
 
 
+def test_a_notice_halves_what_is_known_and_raises_no_doubt():
+    """No drafter was replaced: what n-grams find changes as slowly as the policy."""
+    acceptance = taught(num_steps=200)
+    before, rows = acceptance.lengths(3, 2)[DEEP], acceptance.num_rows(3, 2)
+    acceptance.take_notice(0.5)
+    after = acceptance.lengths(3, 2)[DEEP]
+    assert acceptance.num_rows(3, 2) == rows / 2
+    assert after.mean == pytest.approx(before.mean, rel=0.05)
+    assert before.shared_deviation < after.shared_deviation < 2 * before.shared_deviation
+
+
 def profiled(world: World) -> ModelBased:
     bandit = ModelBased(ARMS)
     for query in bandit.cost_queries(16):
