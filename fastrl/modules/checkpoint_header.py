@@ -19,7 +19,7 @@ FORMAT = 4
 """Grows with a change of any part's state after which code and checkpoint do not understand one
 another. 2: what the model-based bandit keeps of acceptance and step times, by bucket. 3: a step's
 histograms and texts, its heat map, if it is not drawn yet, and estimates of acceptance that a
-bucket has of its own."""
+bucket has of its own. 4: those of n-grams, by rows with a reference."""
 
 
 def make_header(algorithm: type, config: PretrainedConfig) -> dict[str, Any]:

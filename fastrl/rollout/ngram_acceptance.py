@@ -91,10 +91,11 @@ class NgramAcceptance:
     def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
         """What is believed of each strategy over the levels of a bucket's last steps."""
         mix = self._mixes[bucket] if any(self._mixes[bucket]) else [1.0]
-        seen = [(weight, level) for level, weight in enumerate(mix) if weight]
+        models = [self._own.get((bucket, level), self._shared[level]) for level in range(len(mix))]
         return {
             strategy: sum(
-                weight * self.lengths(bucket, level)[strategy].mean for weight, level in seen
+                weight * model.lengths[strategy].mean
+                for weight, model in zip(mix, models, strict=True)
             )
             / sum(mix)
             for strategy in self._strategies
