@@ -54,6 +54,10 @@ _ODDS_CHANGE = 4.0
 """Changes of the odds of a first draft that are looked for: to a fourth, or fourfold."""
 _ALARM = 12.0
 """Cumulative log-likelihood ratio."""
+_NOTICED_ALARM = 5.0
+"""The same while a notice is in doubt, since a change is then likely."""
+_IN_DOUBT = 0.05
+"""Deviation from which on it is."""
 _RECENT_STEPS = 8
 _NOTICED_ROWS = 8.0
 """Most that older rows count for after a notice of change."""
@@ -157,9 +161,10 @@ class AcceptanceModel:
         self._add(stats)
         for change in self._changes:
             change.record(weight * stats.batch_size, weight * hits, chance)
-            if change.total >= _ALARM and self.num_rows >= _RECENT_STEPS:
-                return True
-        return False
+        return self.num_rows >= _RECENT_STEPS and any(map(self._is_alarming, self._changes))
+
+    def _is_alarming(self, change: _Change) -> bool:
+        return change.total >= (_ALARM if self._doubt < _IN_DOUBT else _NOTICED_ALARM)
 
     def _first_probabilities(self) -> list[float]:
         """Of the root's children: the first level of `probabilities`."""
@@ -188,7 +193,7 @@ class AcceptanceModel:
         """
         model = AcceptanceModel(self._strategies)
         model._own = {strategy: list(own) for strategy, own in self._own.items()}
-        num_steps = max(change.num_steps for change in self._changes if change.total >= _ALARM)
+        num_steps = max(change.num_steps for change in self._changes if self._is_alarming(change))
         for stats in list(self._recent)[-num_steps:]:
             model._recent.append(stats)
             model._add(stats)

@@ -306,6 +306,20 @@ def test_a_drafter_that_became_good_is_tried_soon_after_the_notice(batch_size, s
     assert sum(not strategy.is_off for strategy in chosen) >= 0.8 * len(chosen)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_drafter_that_was_published_bad_costs_little_after_20_steps(batch_size, seed):
+    """After a notice a change is likely, so that little evidence is enough."""
+    world = World(0.9, 0.05, noise=0.05, seed=seed)
+    bandit = profiled(world)
+    play(bandit, world, [batch_size] * 300)
+    bandit.discount(0.5)
+    world.first, world.second = 0.03, 0.01
+    play(bandit, world, [batch_size] * 20)
+    _, ratio = play(bandit, world, [batch_size] * 300)
+    assert ratio >= 0.97
+
+
 def test_one_tree_s_steps_tell_about_another_s():
     seen, unseen = DraftStrategy.parse("4_2_8"), DraftStrategy.parse("2_1_3")
     model = AcceptanceModel([seen, unseen])
