@@ -5,8 +5,7 @@ bucket gets one of its own, begun with those steps, and keeps it until its steps
 too. So the few rows that a rollout ends with, often the hardest, change no belief about the next
 rollout's full batch; and a drafter gone bad is told in each bucket by its own steps.
 
-Leaves out the estimate itself (acceptance_model.py), and n-grams (ngram_acceptance.py), whose
-questions it shares: the `level` of a step is theirs alone.
+Leaves out the estimate itself (acceptance_model.py).
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastrl.rollout.acceptance_model import AcceptanceModel, AcceptLength
+from fastrl.rollout.drafter_acceptance import DrafterAcceptance
 from fastrl.types import DraftStrategy, StepStats
 
 
-class BucketAcceptance:
+class BucketAcceptance(DrafterAcceptance):
     """Of one drafter.
 
     Args:
@@ -30,7 +30,6 @@ class BucketAcceptance:
         self._shared = AcceptanceModel(strategies)
         self._own: dict[int, AcceptanceModel] = {}  # by bucket
         self.num_alarms = 0
-        """Contradictions so far: changes of the drafter, or of what it is asked."""
 
     def _models(self) -> Iterator[AcceptanceModel]:
         yield self._shared
@@ -40,7 +39,6 @@ class BucketAcceptance:
         return self._own.get(bucket, self._shared)
 
     def record(self, bucket: int, stats: StepStats) -> bool:
-        """Learn from a step; whether the bucket's estimate became another one."""
         model = self._model(bucket)
         if not model.record(stats):
             return False
@@ -51,36 +49,23 @@ class BucketAcceptance:
         return True
 
     def contradicted(self, bucket: int) -> bool:
-        """Whether the bucket has an estimate of its own."""
         return bucket in self._own
 
     def num_rows(self, bucket: int, level: int = 0) -> float:
-        """Rows behind a bucket's estimate."""
         return self._model(bucket).num_rows
 
     def lengths(self, bucket: int, level: int = 0) -> Mapping[DraftStrategy, AcceptLength]:
-        """What is believed of each strategy in a bucket, by the last look."""
         return self._model(bucket).lengths
 
     def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
-        """The means of these."""
         return {strategy: length.mean for strategy, length in self.lengths(bucket).items()}
 
-    def look(self, keep: float) -> None:
-        """Bring beliefs up to date; older steps count for the share `keep`, none for too much."""
-        for model in self._models():
-            model.discount(keep)
-            model.bound()
-            model.look_if_news()
-
     def take_notice(self, keep: float) -> None:
-        """Policy or drafter changed: see `AcceptanceModel.take_notice`."""
         for model in self._models():
             model.take_notice(keep)
             model.look()
 
     def state_dict(self) -> dict[str, Any]:
-        """All estimates, in plain numbers, lists and strings."""
         return {
             "shared": self._shared.state_dict(),
             "own": {bucket: model.state_dict() for bucket, model in self._own.items()},
@@ -88,7 +73,6 @@ class BucketAcceptance:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave."""
         self._shared.load_state_dict(state["shared"])
         self._own = {bucket: AcceptanceModel(self._strategies) for bucket in state["own"]}
         for bucket, model in self._own.items():

@@ -33,6 +33,7 @@ from fastrl.rollout.bandit_base import (
 )
 from fastrl.rollout.bucket_acceptance import BucketAcceptance
 from fastrl.rollout.cost_model import CostModel
+from fastrl.rollout.drafter_acceptance import DrafterAcceptance
 from fastrl.rollout.engine import CostQuery
 from fastrl.rollout.ngram_acceptance import NgramAcceptance, reference_level
 from fastrl.types import DraftStrategy, StepStats
@@ -101,7 +102,7 @@ class ModelBased(Bandit):
         self._kinds = list(kinds)
         num_buckets = len(self.batch_thresholds)
         self._ngrams = NgramAcceptance(kinds["ngram"], num_buckets) if "ngram" in kinds else None
-        self._acceptance: dict[str, BucketAcceptance | NgramAcceptance] = {
+        self._acceptance: dict[str, DrafterAcceptance] = {
             kind: self._ngrams if kind == "ngram" and self._ngrams else BucketAcceptance(arms)
             for kind, arms in kinds.items()
         }

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastrl.rollout.acceptance_model import AcceptanceModel, AcceptLength
+from fastrl.rollout.drafter_acceptance import DrafterAcceptance
 from fastrl.types import DraftStrategy, StepStats
 
 NUM_LEVELS = 3
@@ -32,8 +33,8 @@ def reference_level(referenced_rows: int, batch_size: int) -> int:
     return min(NUM_LEVELS * referenced_rows // batch_size, NUM_LEVELS - 1)
 
 
-class NgramAcceptance:
-    """Of n-gram drafts; the same questions as to `BucketAcceptance`.
+class NgramAcceptance(DrafterAcceptance):
+    """Of n-gram drafts.
 
     Args:
         strategies: all of them.
@@ -45,8 +46,6 @@ class NgramAcceptance:
         self._shared = [AcceptanceModel(strategies) for _ in range(NUM_LEVELS)]
         self._own: dict[tuple[int, int], AcceptanceModel] = {}  # by bucket and level
         self._mixes = [[0.0] * NUM_LEVELS for _ in range(num_buckets)]
-        self.num_alarms = 0
-        """None, ever."""
 
     def _models(self) -> Iterator[AcceptanceModel]:
         yield from self._shared
@@ -70,26 +69,22 @@ class NgramAcceptance:
         mix[level] += 1.0
 
     def record(self, bucket: int, stats: StepStats) -> bool:
-        """Learn from a step; never a contradiction."""
         level = reference_level(stats.referenced_rows, stats.batch_size)
         model = self._model(bucket, level)
         self._shared[level].record(stats)
         return model.record(stats)
 
     def contradicted(self, bucket: int) -> bool:
-        """Never."""
         return False
 
     def num_rows(self, bucket: int, level: int) -> float:
-        """Rows behind an estimate."""
         return self._model(bucket, level).num_rows
 
     def lengths(self, bucket: int, level: int) -> Mapping[DraftStrategy, AcceptLength]:
-        """What is believed of each strategy, by the last look."""
         return self._model(bucket, level).lengths
 
     def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
-        """What is believed of each strategy over the levels of a bucket's last steps."""
+        """Over the levels of these."""
         mix = self._mixes[bucket] if any(self._mixes[bucket]) else [1.0]
         models = [self._own.get((bucket, level), self._shared[level]) for level in range(len(mix))]
         return {
@@ -101,21 +96,13 @@ class NgramAcceptance:
             for strategy in self._strategies
         }
 
-    def look(self, keep: float) -> None:
-        """Bring beliefs up to date; older steps count for the share `keep`, none for too much."""
-        for model in self._models():
-            model.discount(keep)
-            model.bound()
-            model.look_if_news()
-
     def take_notice(self, keep: float) -> None:
-        """The policy changed; n-grams have no drafter that could have been replaced."""
+        """No doubt comes with it: n-grams have no weights that could have been replaced."""
         for model in self._models():
             model.discount(keep)
             model.look()
 
     def state_dict(self) -> dict[str, Any]:
-        """All estimates, in plain numbers, lists and strings."""
         return {
             "shared": [model.state_dict() for model in self._shared],
             "own": [[*place, model.state_dict()] for place, model in self._own.items()],
@@ -123,7 +110,6 @@ class NgramAcceptance:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave."""
         for model, saved in zip(self._shared, state["shared"], strict=True):
             model.load_state_dict(saved)
         self._own = {}
