@@ -13,11 +13,8 @@ from tests.test_quickstart import in_the_repository, run_quickstart
 __all__ = ["in_the_repository"]  # a fixture that applies to this file as well
 
 METRICS = Path(__file__).parents[1] / "docs" / "metrics.md"
-# Not in the run below: what `fastrl test` writes, a drafter's training on a budget, n-gram arms.
-OF_OTHER_RUNS = {
-    *("reward/test", "reward/test_pass@{k}", "drafter/max_time_share"),
-    *("drafter/ngram_acceptance_rate", "drafter/ngram_accept_depth_{depth}"),
-}
+# Not in the run below: what `fastrl test` writes, a drafter's training on a budget.
+OF_OTHER_RUNS = {"reward/test", "reward/test_pass@{k}", "drafter/max_time_share"}
 
 
 def described_tags(markdown: str) -> list[str]:
@@ -55,7 +52,8 @@ def test_every_tag_of_a_run_is_described_and_every_description_is_of_a_tag(tmp_p
     described = described_tags(METRICS.read_text(encoding="utf-8"))
     assert undescribed(tags, described) == []
     unseen = {family for family in described if not any(matches(family, tag) for tag in tags)}
-    assert unseen == OF_OTHER_RUNS
+    of_chosen_ngrams = {"drafter/ngram_acceptance_rate", "drafter/ngram_accept_depth_{depth}"}
+    assert unseen - of_chosen_ngrams == OF_OTHER_RUNS  # the bandit may do without in a short run
 
 
 def test_where_a_tag_is_computed_exists() -> None:

@@ -51,6 +51,7 @@ class StrategyAdaptation(Callback):
         self.bandit = bandit
         self.keep = keep
         self._seen_policy_version: int | None = None
+        self._seen_drafter_version: int | None = None
         self._shared_state: dict[str, Any] | None = None  # after the last exchange between ranks
         self._last_report: tuple[int, BanditReport] | None = None  # not drawn yet, and its RL step
 
@@ -84,9 +85,12 @@ class StrategyAdaptation(Callback):
         if self._shared_state is not None:
             self._learn_from_all(self._shared_state)
         self.bandit.start_period()
-        if source.policy_version != self._seen_policy_version:
-            self.bandit.discount(self.keep)
+        drafter_version = _engine(trainer).drafter_version
+        drafter_changed = drafter_version != self._seen_drafter_version
+        if drafter_changed or source.policy_version != self._seen_policy_version:
+            self.bandit.discount(self.keep, drafter_changed=drafter_changed)
             self._seen_policy_version = source.policy_version
+            self._seen_drafter_version = drafter_version
         self.bandit.reseed(source.rl_step)
         if self._shared_state is not None:
             self._remember_shared()
@@ -132,6 +136,7 @@ class StrategyAdaptation(Callback):
         return {
             "bandit": self.bandit.state_dict(),
             "seen_policy_version": self._seen_policy_version,
+            "seen_drafter_version": self._seen_drafter_version,
             "last_report": drawable,
         }
 
@@ -139,6 +144,7 @@ class StrategyAdaptation(Callback):
         """Take what `state_dict` gave."""
         self.bandit.load_state_dict(state_dict["bandit"])
         self._seen_policy_version = state_dict["seen_policy_version"]
+        self._seen_drafter_version = state_dict["seen_drafter_version"]
         self._last_report = None
         if drawable := state_dict["last_report"]:
             self._last_report = (drawable["rl_step"], restored_report(drawable["report"]))

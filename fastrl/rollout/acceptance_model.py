@@ -61,7 +61,7 @@ _IN_DOUBT = 0.05
 _RECENT_STEPS = 8
 _NOTICED_ROWS = 8.0
 """Most that older rows count for after a notice of change."""
-_DOUBT_DEVIATION = 0.4
+DOUBT_DEVIATION = 0.4
 """Of the logarithm of accept lengths, after a notice and before any step: a drafter that was poor
 may have become a good one, however sure its poverty was."""
 _DOUBT_ROWS = 8.0
@@ -153,9 +153,6 @@ class AcceptanceModel:
             own, rows = self._own[stats.strategy], weight * stats.batch_size
             modelled = rows * self._modelled[stats.strategy]
             own[:] = own[0] + rows, own[1] + weight * stats.num_tokens, own[2] + modelled
-        if stats.strategy.drafter == "ngram":
-            self._add(stats)
-            return False  # it has no weights to go bad; texts that repeat themselves come and go
         hits = sum(stats.accepted_by_rank[0])
         chance = sum(self._first_probabilities()[: stats.strategy.topk])
         self._add(stats)
@@ -220,7 +217,7 @@ class AcceptanceModel:
         However sure it was of a drafter, a new one is tried again.
         """
         self.discount(min(keep, _NOTICED_ROWS / max(self.num_rows, 1.0)))
-        self._doubt = _DOUBT_DEVIATION
+        self._doubt = DOUBT_DEVIATION
         self.forget_alarm()
 
     def bound(self) -> None:

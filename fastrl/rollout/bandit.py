@@ -255,9 +255,9 @@ class UCB1(WindowBandit):
         self._counts[bucket] = [count * fading for count in self._counts[bucket]]
         self._counts[bucket][arm] += 1
 
-    def discount(self, keep: float) -> None:
+    def discount(self, keep: float, *, drafter_changed: bool = True) -> None:
         """Forget acceptance of older steps, and trust every arm's rate the less for it."""
-        super().discount(keep)
+        super().discount(keep, drafter_changed=drafter_changed)
         self._counts = [[count * keep for count in counts] for counts in self._counts]
 
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:

@@ -118,8 +118,9 @@ class Bandit(ABC):
         """Learn from a step that has been checked."""
 
     @abstractmethod
-    def discount(self, keep: float) -> None:
-        """Forget acceptance in part, down to a share `keep`: policy or drafter changed."""
+    def discount(self, keep: float, *, drafter_changed: bool = True) -> None:
+        """Forget acceptance in part, down to a share `keep`: the policy changed, or the learned
+        drafter was replaced as well."""
 
     @abstractmethod
     def _usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:

@@ -154,7 +154,7 @@ class WindowBandit(Bandit):
         rates = self._rates(bucket, known)
         return {arm: rate / rates[0] for arm, rate in zip(known, rates, strict=True)}
 
-    def discount(self, keep: float) -> None:
+    def discount(self, keep: float, *, drafter_changed: bool = True) -> None:
         """Forget acceptance of older steps, after the policy or the drafter changed.
 
         In each window the newest share `keep` goes on counting, rounded down; without any, the

@@ -60,9 +60,12 @@ class BucketAcceptance(DrafterAcceptance):
     def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
         return {strategy: length.mean for strategy, length in self.lengths(bucket).items()}
 
-    def take_notice(self, keep: float) -> None:
+    def take_notice(self, keep: float, *, drafter_changed: bool = True) -> None:
         for model in self._models():
-            model.take_notice(keep)
+            if drafter_changed:
+                model.take_notice(keep)
+            else:
+                model.discount(keep)
             model.look()
 
     def state_dict(self) -> dict[str, Any]:

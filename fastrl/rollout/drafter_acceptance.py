@@ -53,9 +53,9 @@ class DrafterAcceptance(ABC):
             model.look_if_news()
 
     @abstractmethod
-    def take_notice(self, keep: float) -> None:
-        """The policy changed, and the drafter with it, if it has weights: older rows count for the
-        share `keep` at most."""
+    def take_notice(self, keep: float, *, drafter_changed: bool) -> None:
+        """The policy changed, or the drafter's weights, if it has any, did: older rows count for
+        the share `keep` at most."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

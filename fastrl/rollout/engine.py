@@ -104,6 +104,11 @@ class RolloutEngine(Protocol):
         """Version of the weights it samples from; -1 before the first `load_policy`."""
         ...
 
+    @property
+    def drafter_version(self) -> int:
+        """Version of the drafter it speculates with; -1 before the first `load_drafter`."""
+        ...
+
     def load_policy(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the policy's weights (Hugging Face names). All of them: a missing name raises."""
         ...

@@ -293,14 +293,16 @@ class ModelBased(Bandit):
         self._held.clear()
         self._steps_since_draw = 0
 
-    def discount(self, keep: float) -> None:
+    def discount(self, keep: float, *, drafter_changed: bool = True) -> None:
         """Forget acceptance in part, after the policy or the drafter changed; times stay."""
         check_keep(keep)
         self._learn()
         for acceptance in self._acceptance.values():
             if keep < 1:
-                acceptance.take_notice(keep)
-        self._steps_since_change = self._steps_since_refresh = 0
+                acceptance.take_notice(keep, drafter_changed=drafter_changed)
+        self._steps_since_refresh = 0
+        if drafter_changed:
+            self._steps_since_change = 0
         self._draw_anew()
 
     # -- what it believes -------------------------------------------------------------------------

@@ -4,25 +4,28 @@ Where a response to the same prompt is finished, most of what follows may stand 
 samples of a prompt are still under way, little does. That changes within a rollout, from the start
 of a group to its last rows, much faster than any estimate can follow, but is known before each
 step: so there is an estimate for each of a few shares of such rows. In each bucket of batch sizes
-that becomes another one, of what is believed over all buckets at first and then of the bucket's own
-steps: rows that go on where their siblings, begun with them, have ended are those that went another
-way; rows begun later are not.
+that becomes another one with its first step there, a doubtful copy that its own steps then teach:
+rows that go on where their siblings, begun with them, have ended are those that went another way;
+rows begun later are not. Where steps contradict an estimate (a long response that leaves what was
+seen before, say), another one is begun with these.
 
-Leaves out the estimate itself (acceptance_model.py). N-grams have no weights that could go bad, so
-nothing here looks for contradictions.
+Leaves out the estimate itself (acceptance_model.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastrl.rollout.acceptance_model import AcceptanceModel, AcceptLength
+from fastrl.rollout.acceptance_model import DOUBT_DEVIATION, AcceptanceModel, AcceptLength
 from fastrl.rollout.drafter_acceptance import DrafterAcceptance
 from fastrl.types import DraftStrategy, StepStats
 
 NUM_LEVELS = 3
 """Few, some and most of the rows: in thirds."""
+_NOTICED_ROWS = 32.0
+"""Most that older rows count for after the policy changed."""
 _MIX_KEEP = 0.98
 """Share of what a bucket's mix of levels was that a step leaves."""
 
@@ -31,6 +34,12 @@ def reference_level(referenced_rows: int, batch_size: int) -> int:
     """The level of a step, from 0: in which third the share of its rows is that have a reference;
     all of them are in the last."""
     return min(NUM_LEVELS * referenced_rows // batch_size, NUM_LEVELS - 1)
+
+
+def _doubted(length: AcceptLength) -> AcceptLength:
+    """As believed of another bucket."""
+    deviation = math.hypot(length.shared_deviation, DOUBT_DEVIATION)
+    return AcceptLength(length.mean, deviation, length.own_deviation)
 
 
 class NgramAcceptance(DrafterAcceptance):
@@ -51,17 +60,6 @@ class NgramAcceptance(DrafterAcceptance):
         yield from self._shared
         yield from self._own.values()
 
-    def _model(self, bucket: int, level: int) -> AcceptanceModel:
-        """The bucket's own, which begins as a doubtful copy of the one of all buckets."""
-        model = self._own.get((bucket, level))
-        if model is None:
-            model = AcceptanceModel(self._strategies)
-            model.load_state_dict(self._shared[level].state_dict())
-            model.take_notice(1.0)
-            model.look()
-            self._own[bucket, level] = model
-        return model
-
     def see(self, bucket: int, level: int) -> None:
         """A step of any strategy was run in a bucket at a level."""
         mix = self._mixes[bucket]
@@ -70,18 +68,29 @@ class NgramAcceptance(DrafterAcceptance):
 
     def record(self, bucket: int, stats: StepStats) -> bool:
         level = reference_level(stats.referenced_rows, stats.batch_size)
-        model = self._model(bucket, level)
-        self._shared[level].record(stats)
-        return model.record(stats)
+        shared = self._shared[level]
+        model = self._own.get((bucket, level))
+        if model is None:
+            model = self._own[bucket, level] = AcceptanceModel(self._strategies)
+            model.load_state_dict(shared.state_dict())
+            model.take_notice(1.0)
+        shared.record(stats)
+        if not model.record(stats):
+            return False
+        self.num_alarms += 1
+        self._own[bucket, level] = model.begun_anew()
+        return True
 
     def contradicted(self, bucket: int) -> bool:
         return False
 
     def num_rows(self, bucket: int, level: int) -> float:
-        return self._model(bucket, level).num_rows
+        return self._own.get((bucket, level), self._shared[level]).num_rows
 
     def lengths(self, bucket: int, level: int) -> Mapping[DraftStrategy, AcceptLength]:
-        return self._model(bucket, level).lengths
+        if (own := self._own.get((bucket, level))) is not None:
+            return own.lengths
+        return {strategy: _doubted(its) for strategy, its in self._shared[level].lengths.items()}
 
     def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
         """Over the levels of these."""
@@ -96,10 +105,11 @@ class NgramAcceptance(DrafterAcceptance):
             for strategy in self._strategies
         }
 
-    def take_notice(self, keep: float) -> None:
-        """No doubt comes with it: n-grams have no weights that could have been replaced."""
+    def take_notice(self, keep: float, *, drafter_changed: bool = True) -> None:
+        """What n-grams find changes slowly with the policy, and no drafter of theirs is replaced:
+        only for many do older rows not count."""
         for model in self._models():
-            model.discount(keep)
+            model.discount(min(1.0, _NOTICED_ROWS / max(model.num_rows, 1.0)))
             model.look()
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,6 +117,7 @@ class NgramAcceptance(DrafterAcceptance):
             "shared": [model.state_dict() for model in self._shared],
             "own": [[*place, model.state_dict()] for place, model in self._own.items()],
             "mixes": [list(mix) for mix in self._mixes],
+            "num_alarms": self.num_alarms,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -117,3 +128,4 @@ class NgramAcceptance(DrafterAcceptance):
             self._own[bucket, level] = AcceptanceModel(self._strategies)
             self._own[bucket, level].load_state_dict(saved)
         self._mixes = [list(mix) for mix in state["mixes"]]
+        self.num_alarms = state["num_alarms"]

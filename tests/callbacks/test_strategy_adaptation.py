@@ -61,6 +61,7 @@ class FakeEngine:
 
     def __init__(self, drafter_path: str | None = "drafter", rank_delay: float = 0.0) -> None:
         self.drafter_path = drafter_path
+        self.drafter_version = -1
         self.strategy_selector: StrategySelector = FixedStrategy()
         self.rank_delay = rank_delay
         self.chosen: list[str] = []
@@ -183,16 +184,32 @@ def test_a_batch_size_that_was_not_met_is_not_logged_anew(tmp_path: Path) -> Non
     assert [step for step, metrics in recorder.logged if tag in metrics] == [1, 2, 3, 4, 5, 6]
 
 
+class PublishingEngine(FakeEngine):
+    """Takes a new drafter in every second RL step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def generate(self, rank: int) -> None:
+        super().generate(rank)
+        self.num_calls += 1
+        self.drafter_version = self.num_calls // 2
+
+
 @pytest.mark.parametrize("is_frozen", [False, True])
-def test_acceptance_is_discounted_once_for_each_new_policy(
+def test_the_bandit_is_told_of_each_new_policy_and_drafter_once(
     tmp_path: Path, is_frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    discounts: list[float] = []
+    told: list[tuple[float, bool]] = []
     bandit = EpsilonGreedy(["4_2_8"])
-    monkeypatch.setattr(bandit, "discount", discounts.append)
+    monkeypatch.setattr(
+        bandit, "discount", lambda keep, drafter_changed: told.append((keep, drafter_changed))
+    )
     callback = StrategyAdaptation(bandit, keep=0.25)
-    trainer(tmp_path, callback).fit(TinyPolicy(is_frozen), FakeRollouts(FakeEngine(), 4))
-    assert discounts == [0.25] * (1 if is_frozen else 4)
+    trainer(tmp_path, callback).fit(TinyPolicy(is_frozen), FakeRollouts(PublishingEngine(), 5))
+    changes = [True, True, True] if is_frozen else [True, True, False, True, False]
+    assert told == [(0.25, changed) for changed in changes]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,10 @@ class FakeEngine:
         )
 
     @property
+    def drafter_version(self) -> int:
+        return -1
+
+    @property
     def policy_version(self) -> int:
         return self._policy_version
 

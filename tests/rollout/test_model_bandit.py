@@ -320,6 +320,19 @@ def test_a_drafter_that_was_published_bad_costs_little_after_20_steps(batch_size
     assert ratio >= 0.97
 
 
+@pytest.mark.parametrize("batch_size", [4, 16, 128])
+def test_a_drafter_that_was_not_replaced_is_not_tried_anew_for_every_new_policy(batch_size):
+    """It drafts as well as it did, or nearly."""
+    world = World(0.1, 0.0)
+    bandit = profiled(world)
+    play(bandit, world, [batch_size] * 200)
+    ratios = []
+    for _ in range(10):
+        bandit.discount(0.5, drafter_changed=False)
+        ratios.append(play(bandit, world, [batch_size] * 40)[1])
+    assert sum(ratios) / len(ratios) >= 0.98
+
+
 def test_one_tree_s_steps_tell_about_another_s():
     seen, unseen = DraftStrategy.parse("4_2_8"), DraftStrategy.parse("2_1_3")
     model = AcceptanceModel([seen, unseen])

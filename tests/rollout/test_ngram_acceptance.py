@@ -41,7 +41,7 @@ def taught(rows: int = 8, num_steps: int = 40) -> NgramAcceptance:
         for referenced in (0, rows):
             stats = step(world, DEEP, rows, referenced)
             acceptance.see(3, reference_level(referenced, rows))
-            assert not acceptance.record(3, stats)
+            acceptance.record(3, stats)
     acceptance.look(1.0)
     return acceptance
 
@@ -58,7 +58,7 @@ def test_a_bucket_begins_with_what_others_show_and_goes_by_its_own_steps():
     acceptance = taught()
     known, guessed = acceptance.lengths(3, 2)[DEEP], acceptance.lengths(0, 2)[DEEP]
     unknown = NgramAcceptance([DEEP], num_buckets=7).lengths(0, 2)[DEEP]
-    assert 2 * unknown.mean < guessed.mean < known.mean
+    assert 2 * unknown.mean < guessed.mean == known.mean
     assert guessed.shared_deviation > 5 * known.shared_deviation
     for _ in range(60):
         acceptance.record(0, step(World(0.1), DEEP, 1, 1))
@@ -93,21 +93,34 @@ def test_a_saved_estimate_goes_on_as_the_one_that_was_saved():
     for one in (acceptance, resumed):
         for bucket in (1, 3, 5):
             one.record(bucket, step(World(0.7, seed=bucket), CHAIN, 4, 4))
-        one.take_notice(0.5)
+        one.take_notice(0.5, drafter_changed=True)
         one.look(0.9)
     assert resumed.state_dict() == acceptance.state_dict()
     assert resumed.mean_lengths(3) == acceptance.mean_lengths(3)
 
 
-def test_a_notice_halves_what_is_known_and_raises_no_doubt():
+def test_a_notice_bounds_what_is_known_and_raises_no_doubt():
     """No drafter was replaced: what n-grams find changes as slowly as the policy."""
     acceptance = taught(num_steps=200)
-    before, rows = acceptance.lengths(3, 2)[DEEP], acceptance.num_rows(3, 2)
-    acceptance.take_notice(0.5)
+    before = acceptance.lengths(3, 2)[DEEP]
+    for drafter_changed in (True, False, True):
+        acceptance.take_notice(0.5, drafter_changed=drafter_changed)
     after = acceptance.lengths(3, 2)[DEEP]
-    assert acceptance.num_rows(3, 2) == rows / 2
-    assert after.mean == pytest.approx(before.mean, rel=0.05)
-    assert before.shared_deviation < after.shared_deviation < 2 * before.shared_deviation
+    assert acceptance.num_rows(3, 2) == pytest.approx(32)
+    assert after.mean == pytest.approx(before.mean, rel=0.1)
+    assert after.shared_deviation < 0.15
+    few = taught(num_steps=3)
+    few.take_notice(0.5, drafter_changed=True)
+    assert few.num_rows(3, 2) == 24  # cells that are seldom visited get sure all the same
+
+
+def test_steps_that_contradict_a_bucket_s_estimate_begin_another():
+    acceptance = taught(num_steps=200)
+    for _ in range(8):
+        acceptance.record(3, step(World(0.02, 0.0), DEEP, 8, 8))
+    acceptance.look(1.0)
+    assert acceptance.num_alarms >= 1
+    assert acceptance.lengths(3, 2)[DEEP].mean < 1.5
 
 
 def profiled(world: World) -> ModelBased:
@@ -136,6 +149,51 @@ def test_n_grams_are_chosen_where_they_have_references(batch_size, seed):
     rate = statistics.mean(ngram.rate(arm, batch_size) for arm in with_reference)
     assert rate > 0.95 * ngram.rate(best, batch_size)
     assert sum(arm.needs_learned_drafter for arm in without) > 0.9 * len(without)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_n_grams_that_find_nothing_any_more_are_left_soon(batch_size, seed):
+    """The last rows of a rollout, whose siblings have ended, go another way."""
+    world = World(0.0, 0.0, seed=seed)
+    bandit = profiled(world)
+    good, barren = World(0.95, 0.0, seed=seed), World(0.02, 0.0, seed=seed)
+
+    def play(num_steps: int, ngram: World) -> float:
+        """Pace to that of `off`."""
+        ours = off = 0.0
+        for _ in range(num_steps):
+            strategy = bandit.select(batch_size, 100, batch_size)
+            its = ngram if strategy.drafter == "ngram" else world
+            bandit.record(step(its, strategy, batch_size, batch_size))
+            ours += its.cost(strategy, batch_size)
+            off += its.expected_length(strategy) * its.cost(OFF, batch_size)
+        return off / ours
+
+    for _ in range(20):
+        play(60, good)
+        bandit.discount(0.5)
+    play(40, barren)
+    assert play(160, barren) >= 0.95
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_n_grams_that_never_find_anything_cost_little(batch_size):
+    """Though policies change, and cells are seldom visited."""
+    world = World(0.0, 0.0)
+    bandit = profiled(world)
+    rng = random.Random(0)
+    ratios = []
+    for _ in range(25):
+        ours = off = 0.0
+        for referenced in [rng.randint(0, batch_size)] * 40:
+            strategy = bandit.select(batch_size, 100, referenced)
+            bandit.record(step(world, strategy, batch_size, referenced))
+            ours += world.cost(strategy, batch_size)
+            off += world.expected_length(strategy) * world.cost(OFF, batch_size)
+        ratios.append(off / ours)
+        bandit.discount(0.5, drafter_changed=False)
+    assert statistics.mean(ratios[5:]) >= 0.97
 
 
 def test_believed_gains_are_over_the_mix_of_levels():
