@@ -120,7 +120,8 @@ class AcceptanceModel:
         # Of each tree's steps: effective rows, their tokens, and tokens as they were modelled.
         self._own = {strategy: [0.0, 0.0, 0.0] for strategy in strategies}
         self._modelled = dict.fromkeys(strategies, 1.0)  # accept lengths, by the last look
-        self._has_news = False  # since then
+        self.has_news = False
+        """Whether steps were recorded since the last look."""
         self._first_prior = [
             _FIRST_RANK_PRIOR,
             *(_OTHER_RANKS_PRIOR / rank for rank in range(1, topk)),
@@ -168,7 +169,7 @@ class AcceptanceModel:
         return _drawn_towards(self._offered[0], self._accepted[0], self._first_prior, _PRIOR_ROWS)
 
     def _add(self, stats: StepStats) -> None:
-        self._has_news = True
+        self.has_news = True
         self._doubt *= math.exp(-stats.batch_size / _DOUBT_ROWS)
         self._effective_rows += effective_rows(stats.batch_size)
         reached = stats.batch_size
@@ -238,12 +239,7 @@ class AcceptanceModel:
     def look(self) -> None:
         """Bring `lengths` up to date."""
         self.lengths = self.expected_lengths()
-        self._has_news = False
-
-    def look_if_news(self) -> None:
-        """The same, if steps were recorded since the last look."""
-        if self._has_news:
-            self.look()
+        self.has_news = False
 
     def expected_lengths(self) -> dict[DraftStrategy, AcceptLength]:
         """Of each strategy."""
@@ -305,7 +301,7 @@ class AcceptanceModel:
             "changes": [[change.total, change.num_steps] for change in self._changes],
             "doubt": self._doubt,
             "lengths": [list(astuple(self.lengths[strategy])) for strategy in self._strategies],
-            "has_news": self._has_news,
+            "has_news": self.has_news,
             "recent": [plain_stats(stats) for stats in self._recent],
         }
 
@@ -321,7 +317,7 @@ class AcceptanceModel:
         self._doubt = state["doubt"]
         lengths = (AcceptLength(*length) for length in state["lengths"])
         self.lengths = dict(zip(self._strategies, lengths, strict=True))
-        self._has_news = state["has_news"]
+        self.has_news = state["has_news"]
         self._recent = deque(map(restored_stats, state["recent"]), maxlen=_RECENT_STEPS)
 
 

@@ -50,7 +50,8 @@ class DrafterAcceptance(ABC):
         for model in self._models():
             model.discount(keep)
             model.bound()
-            model.look_if_news()
+            if model.has_news:
+                model.look()
 
     @abstractmethod
     def take_notice(self, keep: float, *, drafter_changed: bool) -> None:

@@ -26,6 +26,8 @@ NUM_LEVELS = 3
 """Few, some and most of the rows: in thirds."""
 _NOTICED_ROWS = 32.0
 """Most that older rows count for after the policy changed."""
+_TEACHING_ROWS = 64.0
+"""Rows behind a bucket's estimate up to which its steps teach the one of all buckets, too."""
 _MIX_KEEP = 0.98
 """Share of what a bucket's mix of levels was that a step leaves."""
 
@@ -74,7 +76,8 @@ class NgramAcceptance(DrafterAcceptance):
             model = self._own[bucket, level] = AcceptanceModel(self._strategies)
             model.load_state_dict(shared.state_dict())
             model.take_notice(1.0)
-        shared.record(stats)
+        if model.num_rows < _TEACHING_ROWS:
+            shared.record(stats)
         if not model.record(stats):
             return False
         self.num_alarms += 1
@@ -104,6 +107,15 @@ class NgramAcceptance(DrafterAcceptance):
             / sum(mix)
             for strategy in self._strategies
         }
+
+    def look(self, keep: float) -> None:
+        """Bring beliefs up to date where there were steps; elsewhere nothing is forgotten: there
+        are many estimates, most of them not in use."""
+        for model in self._models():
+            if model.has_news:
+                model.discount(keep)
+                model.bound()
+                model.look()
 
     def take_notice(self, keep: float, *, drafter_changed: bool = True) -> None:
         """What n-grams find changes slowly with the policy, and no drafter of theirs is replaced:
