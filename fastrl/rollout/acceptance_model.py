@@ -86,7 +86,7 @@ class _Change:
     """Cumulative evidence that a first draft's odds are `factor` times what they are held for."""
 
     def __init__(self, factor: float) -> None:
-        self._factor = factor
+        self._factor, self._log_factor = factor, math.log(factor)
         self.clear()
 
     def clear(self) -> None:
@@ -95,9 +95,9 @@ class _Change:
 
     def record(self, rows: float, hits: float, chance: float) -> None:
         chance = min(max(chance, 0.02), 0.98)
-        other = self._factor * chance / (1 - chance + self._factor * chance)
-        self.total += hits * math.log(other / chance)
-        self.total += (rows - hits) * math.log((1 - other) / (1 - chance))
+        # Of a hit, log(other / chance); of a miss, log((1 - other) / (1 - chance)).
+        self.total += hits * self._log_factor
+        self.total -= rows * math.log(1 + (self._factor - 1) * chance)
         self.num_steps += 1
         if self.total <= 0:
             self.clear()

@@ -90,7 +90,8 @@ class CostModel:
         median = _median_low(ratios)
         if arm not in self._two_kinds:
             return median
-        return sum(min(ratio, _FARTHEST * median) for ratio in ratios) / len(ratios)
+        most = _FARTHEST * median
+        return sum([ratio if ratio < most else most for ratio in ratios]) / len(ratios)
 
     def usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
         """By the arm's own last steps and its profile alone; None where these do not tell."""
