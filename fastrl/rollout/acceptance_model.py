@@ -58,6 +58,8 @@ _NOTICED_ALARM = 5.0
 """The same while a notice is in doubt, since a change is then likely."""
 _IN_DOUBT = 0.05
 """Deviation from which on it is."""
+_NGRAM_ROWS = 1.5
+"""Most rows that an n-gram step counts for in it."""
 _RECENT_STEPS = 8
 _NOTICED_ROWS = 8.0
 """Most that older rows count for after a notice of change."""
@@ -158,7 +160,10 @@ class AcceptanceModel:
         chance = sum(self._first_probabilities()[: stats.strategy.topk])
         self._add(stats)
         for change in self._changes:
-            change.record(weight * stats.batch_size, weight * hits, chance)
+            # Whether n-grams find anything is rather a matter of the step than of its rows.
+            most = _NGRAM_ROWS if stats.strategy.drafter == "ngram" else math.inf
+            rows = min(weight * stats.batch_size, most)
+            change.record(rows, rows * hits / stats.batch_size, chance)
         return self.num_rows >= _RECENT_STEPS and any(map(self._is_alarming, self._changes))
 
     def _is_alarming(self, change: _Change) -> bool:

@@ -116,7 +116,7 @@ def test_a_notice_bounds_what_is_known_and_raises_no_doubt():
 
 def test_steps_that_contradict_a_bucket_s_estimate_begin_another():
     acceptance = taught(num_steps=200)
-    for _ in range(8):
+    for _ in range(16):
         acceptance.record(3, step(World(0.02, 0.0), DEEP, 8, 8))
     acceptance.look(1.0)
     assert acceptance.num_alarms >= 1
