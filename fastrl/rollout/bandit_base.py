@@ -59,7 +59,8 @@ class BucketReport:
     arm_gains: Mapping[str, float]
     """Measured, by strategy that was run, next to `off` at least a few times."""
     believed_gains: Mapping[str, float]
-    """Of every strategy that may run and whose step time is known, at the period's mean batch."""
+    """Of every strategy that may run and whose step time is known, at the period's mean batch, a
+    mean over the period's levels of references."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +128,7 @@ class Bandit(ABC):
         """Median seconds of a step; None while unknown."""
 
     @abstractmethod
-    def _believed_gains(self, bucket: int, batch_size: int) -> dict[int, float]:
+    def _believed_gains(self, bucket: int, level: int, batch_size: int) -> dict[int, float]:
         """Tokens a second over those of `off`, by arm known and allowed; empty without `off`."""
 
     @property
@@ -183,11 +184,13 @@ class Bandit(ABC):
 
     def _measure(self, bucket: int, arm: int, stats: StepStats) -> None:
         """Count a step's gain, by what was known before it."""
-        if bucket not in self._forecasts:
-            self._forecasts[bucket] = self._believed_gains(bucket, stats.batch_size)
+        level = self._level(stats.referenced_rows, stats.batch_size)
+        if (bucket, level) not in self._forecasts:
+            gains = self._believed_gains(bucket, level, stats.batch_size)
+            self._forecasts[bucket, level] = gains
         usual_seconds = self._usual_seconds(arm, bucket, stats.batch_size)
         self._meter.add(
-            bucket, arm, stats.batch_size, stats.num_tokens, stats.seconds, usual_seconds
+            bucket, arm, stats.batch_size, stats.num_tokens, stats.seconds, usual_seconds, level
         )
 
     def replay(self, entry: StepStats | MeasuredCost) -> None:
@@ -207,6 +210,10 @@ class Bandit(ABC):
             if batch_size <= limit and self.arms[index] not in self._excluded
         ]
 
+    def _level(self, referenced_rows: int, batch_size: int) -> int:
+        """What tells steps of a bucket apart, besides their size: nothing, unless overridden."""
+        return 0
+
     def _bucket(self, batch_size: int) -> int:
         return bisect_right(self.batch_thresholds, batch_size) - 1
 
@@ -218,23 +225,28 @@ class Bandit(ABC):
         """Count decisions and gains from here on; the regret so far is settled by what is believed
         now."""
         self._learn()
-        self._past_regret_s += self._lost_seconds(self._believed_by_bucket())
+        self._past_regret_s += self._lost_seconds(self._believed_by_place())
         self._meter.start_period()
         self._clear_period()
 
     def _clear_period(self) -> None:
         self._period_choices = [[0] * len(self.arms) for _ in self.batch_thresholds]
         self._period_explored = 0
-        self._forecasts: dict[int, dict[int, float]] = {}  # by bucket, from before its first step
+        # By bucket and level, from before the first step there.
+        self._forecasts: dict[tuple[int, int], dict[int, float]] = {}
 
-    def _believed_by_bucket(self) -> dict[int, dict[int, float]]:
-        """Of buckets with steps this period, at their mean batch."""
+    def _believed_by_place(self) -> dict[tuple[int, int], dict[int, float]]:
+        """By bucket and level with steps this period, at the bucket's mean batch."""
         meter = self._meter
-        return {b: self._believed_gains(b, meter.batch_size(b)) for b in meter.buckets}
+        return {
+            (bucket, level): self._believed_gains(bucket, level, meter.batch_size(bucket))
+            for bucket in meter.buckets
+            for level in meter.level_shares(bucket)
+        }
 
-    def _lost_seconds(self, believed: Mapping[int, Mapping[int, float]]) -> float:
+    def _lost_seconds(self, believed: Mapping[tuple[int, int], Mapping[int, float]]) -> float:
         """Of this period, against the best arms that may run now."""
-        barred = {bucket: self._barred_gains(bucket, gains) for bucket, gains in believed.items()}
+        barred = {b: self._barred_gains(b, gains) for (b, _), gains in believed.items()}
         return self._meter.lost_seconds(believed, barred)
 
     def _barred_gains(self, bucket: int, allowed: Collection[int]) -> dict[int, float]:
@@ -253,7 +265,7 @@ class Bandit(ABC):
         """This period's decisions and gains, and the present beliefs, for logging."""
         self._learn()
         by_arm = [sum(counts) for counts in zip(*self._period_choices, strict=True)]
-        believed = self._believed_by_bucket()
+        believed = self._believed_by_place()
         lost_seconds = self._lost_seconds(believed)
         return BanditReport(
             num_decisions=sum(by_arm),
@@ -263,13 +275,23 @@ class Bandit(ABC):
             regret_share=lost_seconds / (self._meter.total_seconds or 1.0),
             regret_s=self._past_regret_s + lost_seconds,
             buckets={
-                self._bucket_name(bucket): self._bucket_report(bucket, arm_gains)
-                for bucket, arm_gains in believed.items()
+                self._bucket_name(bucket): self._bucket_report(bucket, believed)
+                for bucket in self._meter.buckets
             },
         )
 
-    def _bucket_report(self, bucket: int, believed_gains: Mapping[int, float]) -> BucketReport:
+    def _bucket_report(
+        self, bucket: int, believed: Mapping[tuple[int, int], Mapping[int, float]]
+    ) -> BucketReport:
         meter = self._meter
+        shares = meter.level_shares(bucket)
+        by_level = {level: believed[bucket, level] for level in shares}
+        known = set.intersection(*(set(gains) for gains in by_level.values()))
+        believed_gains = {
+            arm: sum(share * by_level[level][arm] for level, share in shares.items())
+            for arm in sorted(known)
+        }
+        forecasts = {level: self._forecasts[bucket, level] for level in shares}
         return BucketReport(
             arm_shares=self._shares(self._period_choices[bucket]),
             best=self.arms[max(believed_gains, key=believed_gains.__getitem__)]
@@ -277,7 +299,7 @@ class Bandit(ABC):
             else None,
             tokens_per_second=meter.tokens_per_second(bucket),
             gain=meter.gain([bucket]),
-            predicted_gain=meter.expected_gain(bucket, self._forecasts[bucket]),
+            predicted_gain=meter.expected_gain(bucket, forecasts),
             arm_gains=self._by_name(meter.arm_gains(bucket)),
             believed_gains=self._by_name(believed_gains),
         )
@@ -306,7 +328,9 @@ class Bandit(ABC):
             "period": {
                 "choices": [list(counts) for counts in self._period_choices],
                 "explored": self._period_explored,
-                "forecasts": [[b, list(gains.items())] for b, gains in self._forecasts.items()],
+                "forecasts": [
+                    [*place, list(gains.items())] for place, gains in self._forecasts.items()
+                ],
                 "gains": self._meter.state_dict(),
                 "past_regret_s": self._past_regret_s,
             },
@@ -325,7 +349,9 @@ class Bandit(ABC):
                 )
         self._period_choices = [list(counts) for counts in state["period"]["choices"]]
         self._period_explored = state["period"]["explored"]
-        self._forecasts = {bucket: dict(gains) for bucket, gains in state["period"]["forecasts"]}
+        self._forecasts = {
+            (bucket, level): dict(gains) for bucket, level, gains in state["period"]["forecasts"]
+        }
         self._meter.load_state_dict(state["period"]["gains"])
         self._past_regret_s = state["period"]["past_regret_s"]
         waiting = map(restored_stats, state["waiting"])

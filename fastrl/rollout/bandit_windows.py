@@ -146,7 +146,7 @@ class WindowBandit(Bandit):
         window = self._windows[bucket][arm]
         return window.median_seconds if window.steps else None
 
-    def _believed_gains(self, bucket: int, batch_size: int) -> dict[int, float]:
+    def _believed_gains(self, bucket: int, level: int, batch_size: int) -> dict[int, float]:
         windows = self._windows[bucket]
         known = [arm for arm in self._candidates(batch_size) if windows[arm].steps]
         if 0 not in known:

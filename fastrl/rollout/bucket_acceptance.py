@@ -57,9 +57,6 @@ class BucketAcceptance(DrafterAcceptance):
     def lengths(self, bucket: int, level: int = 0) -> Mapping[DraftStrategy, AcceptLength]:
         return self._model(bucket).lengths
 
-    def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
-        return {strategy: length.mean for strategy, length in self.lengths(bucket).items()}
-
     def take_notice(self, keep: float, *, drafter_changed: bool = True) -> None:
         for model in self._models():
             if drafter_changed:

@@ -41,10 +41,6 @@ class DrafterAcceptance(ABC):
     def lengths(self, bucket: int, level: int) -> Mapping[DraftStrategy, AcceptLength]:
         """What is believed of each strategy, by the last look."""
 
-    @abstractmethod
-    def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
-        """What is believed of each strategy over the bucket's last steps."""
-
     def look(self, keep: float) -> None:
         """Bring beliefs up to date; older steps count for the share `keep`, none for too much."""
         for model in self._models():

@@ -8,6 +8,9 @@ acceptance lengths, nor other times, nor the machine's hiccups pose as a gain. G
 or buckets are means over the seconds spent on those that have pairs; nothing is said where these
 are less than half.
 
+What is held against beliefs (expected gains, seconds lost) is summed by level of references as well
+(`StepStats.referenced_rows`), since what n-grams are believed to gain depends on it.
+
 Leaves out how times are tracked for choosing (`cost_model.py`, `bandit_windows.py`).
 """
 
@@ -77,6 +80,8 @@ class GainMeter:
         self._rows = [0] * self._num_buckets
         self._tokens = [0] * self._num_buckets
         self._sums = [[_ArmSums() for _ in range(self._num_arms)] for _ in range(self._num_buckets)]
+        # Of each arm, by bucket and level.
+        self._seconds_by_level: dict[tuple[int, int], list[float]] = {}
 
     def add(
         self,
@@ -86,6 +91,7 @@ class GainMeter:
         num_tokens: int,
         seconds: float,
         usual_seconds: float | None,
+        level: int = 0,
     ) -> None:
         """A step, and what such a step usually takes (None: nothing is known of it)."""
         step = _Step(bucket, arm, rows, seconds)
@@ -97,9 +103,13 @@ class GainMeter:
         sums = self._sums[bucket][arm]
         sums.num_steps += 1
         sums.tokens_per_row += num_tokens / rows
-        sums.seconds += (
-            seconds if usual_seconds is None else min(seconds, _FARTHEST * usual_seconds)
-        )
+        if usual_seconds is not None:
+            seconds = min(seconds, _FARTHEST * usual_seconds)
+        sums.seconds += seconds
+        by_arm = self._seconds_by_level.get((bucket, level))
+        if by_arm is None:
+            by_arm = self._seconds_by_level[bucket, level] = [0.0] * self._num_arms
+        by_arm[arm] += seconds
 
     def _add_pair(self, last: _Step | None, step: _Step) -> None:
         if last is None or last.bucket != step.bucket or (last.arm == 0) == (step.arm == 0):
@@ -113,6 +123,16 @@ class GainMeter:
     def buckets(self) -> list[int]:
         """Those with steps in the period."""
         return [bucket for bucket, rows in enumerate(self._rows) if rows]
+
+    def level_shares(self, bucket: int) -> dict[int, float]:
+        """Of the period's seconds in a bucket, by level."""
+        seconds = {
+            level: sum(by_arm)
+            for (its, level), by_arm in self._seconds_by_level.items()
+            if its == bucket
+        }
+        total = sum(seconds.values())
+        return {level: its / total for level, its in seconds.items()}
 
     def batch_size(self, bucket: int) -> int:
         """Mean rows of the period's steps in such a bucket, rounded."""
@@ -146,14 +166,19 @@ class GainMeter:
                 needed += seconds * gain
         return needed / spent if spent > total / 2 else None
 
-    def expected_gain(self, bucket: int, arm_gains: Mapping[int, float]) -> float | None:
+    def expected_gain(
+        self, bucket: int, gains_by_level: Mapping[int, Mapping[int, float]]
+    ) -> float | None:
         """What the period's seconds in a bucket would have gained by these gains of the arms.
 
         None without a step of any of them.
         """
-        spent = {arm: self._sums[bucket][arm].seconds for arm in arm_gains}
-        total = sum(spent.values())
-        return sum(spent[arm] * gain for arm, gain in arm_gains.items()) / total if total else None
+        spent = needed = 0.0
+        for level, arm_gains in gains_by_level.items():
+            by_arm = self._seconds_by_level[bucket, level]
+            spent += sum(by_arm[arm] for arm in arm_gains)
+            needed += sum(by_arm[arm] * gain for arm, gain in arm_gains.items())
+        return needed / spent if spent else None
 
     def accept_lengths(self, bucket: int) -> dict[int, float]:
         """Mean tokens a row and step, by arm run in the bucket this period."""
@@ -165,24 +190,25 @@ class GainMeter:
 
     def lost_seconds(
         self,
-        arm_gains_by_bucket: Mapping[int, Mapping[int, float]],
+        arm_gains_by_place: Mapping[tuple[int, int], Mapping[int, float]],
         barred_gains_by_bucket: Mapping[int, Mapping[int, float]],
     ) -> float:
         """Seconds of the period lost against the best arms.
 
         Args:
-            arm_gains_by_bucket: what is believed of every arm that may run, now that the period is
-                over; empty where nothing is known.
-            barred_gains_by_bucket: what others gained that ran in it; nothing was lost on those
-                that gained more than the best of the former would have.
+            arm_gains_by_place: what is believed of every arm that may run, now that the period is
+                over, by bucket and level with steps in it; empty where nothing is known.
+            barred_gains_by_bucket: what others gained that ran in it, by bucket; nothing was lost
+                on those that gained more than the best of the former would have.
         """
         lost = 0.0
-        for bucket, arm_gains in arm_gains_by_bucket.items():
+        for (bucket, level), arm_gains in arm_gains_by_place.items():
             if not arm_gains:
                 continue
             best = max(arm_gains.values())
             for arm, gain in (*arm_gains.items(), *barred_gains_by_bucket[bucket].items()):
-                lost += self._sums[bucket][arm].seconds * max(1 - gain / best, 0.0)
+                seconds = self._seconds_by_level[bucket, level][arm]
+                lost += seconds * max(1 - gain / best, 0.0)
         return lost
 
     @property
@@ -199,6 +225,9 @@ class GainMeter:
             "rows": list(self._rows),
             "tokens": list(self._tokens),
             "sums": [[sums.as_list() for sums in by_arm] for by_arm in self._sums],
+            "seconds_by_level": [
+                [*place, list(by_arm)] for place, by_arm in self._seconds_by_level.items()
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -211,6 +240,9 @@ class GainMeter:
         self._rows = list(state["rows"])
         self._tokens = list(state["tokens"])
         self._sums = [[_ArmSums(*sums) for sums in by_arm] for by_arm in state["sums"]]
+        self._seconds_by_level = {
+            (bucket, level): list(by_arm) for bucket, level, by_arm in state["seconds_by_level"]
+        }
 
 
 def _clipped_mean(ratios: Collection[float]) -> float:

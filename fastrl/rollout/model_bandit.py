@@ -101,7 +101,7 @@ class ModelBased(Bandit):
                 kinds.setdefault(arm.drafter, []).append(arm)
         self._kinds = list(kinds)
         num_buckets = len(self.batch_thresholds)
-        self._ngrams = NgramAcceptance(kinds["ngram"], num_buckets) if "ngram" in kinds else None
+        self._ngrams = NgramAcceptance(kinds["ngram"]) if "ngram" in kinds else None
         self._acceptance: dict[str, DrafterAcceptance] = {
             kind: self._ngrams if kind == "ngram" and self._ngrams else BucketAcceptance(arms)
             for kind, arms in kinds.items()
@@ -251,8 +251,6 @@ class ModelBased(Bandit):
         self._steps_since_refresh += 1
         started_anew = False
         level = self._level(stats.referenced_rows, stats.batch_size)
-        if self._ngrams is not None:
-            self._ngrams.see(bucket, level)
         if arm:
             acceptance = self._acceptance[stats.strategy.drafter]
             started_anew = acceptance.record(bucket, stats)
@@ -282,13 +280,6 @@ class ModelBased(Bandit):
         strategy = self.arms[arm]
         return self._acceptance[strategy.drafter].lengths(bucket, level)[strategy]
 
-    def _mean_length(self, arm: int, bucket: int) -> float:
-        """Over the steps that the bucket lately had."""
-        if arm == 0:
-            return 1.0
-        strategy = self.arms[arm]
-        return self._acceptance[strategy.drafter].mean_lengths(bucket)[strategy]
-
     def _draw_anew(self) -> None:
         self._held.clear()
         self._steps_since_draw = 0
@@ -307,12 +298,12 @@ class ModelBased(Bandit):
 
     # -- what it believes -------------------------------------------------------------------------
 
-    def _believed_gains(self, bucket: int, batch_size: int) -> dict[int, float]:
+    def _believed_gains(self, bucket: int, level: int, batch_size: int) -> dict[int, float]:
         rates = {}
         for arm in self._candidates(batch_size):
             if self._cost.is_known(arm, bucket, batch_size):
                 seconds = self._cost.seconds(arm, bucket, batch_size)
-                rates[arm] = self._mean_length(arm, bucket) / seconds
+                rates[arm] = self._length(arm, bucket, level).mean / seconds
         return {arm: rate / rates[0] for arm, rate in rates.items()} if 0 in rates else {}
 
     @property

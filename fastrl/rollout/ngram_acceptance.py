@@ -28,8 +28,6 @@ _NOTICED_ROWS = 32.0
 """Most that older rows count for after the policy changed."""
 _TEACHING_ROWS = 64.0
 """Rows behind a bucket's estimate up to which its steps teach the one of all buckets, too."""
-_MIX_KEEP = 0.98
-"""Share of what a bucket's mix of levels was that a step leaves."""
 
 
 def reference_level(referenced_rows: int, batch_size: int) -> int:
@@ -49,24 +47,16 @@ class NgramAcceptance(DrafterAcceptance):
 
     Args:
         strategies: all of them.
-        num_buckets: of batch sizes.
     """
 
-    def __init__(self, strategies: Sequence[DraftStrategy], num_buckets: int) -> None:
+    def __init__(self, strategies: Sequence[DraftStrategy]) -> None:
         self._strategies = list(strategies)
         self._shared = [AcceptanceModel(strategies) for _ in range(NUM_LEVELS)]
         self._own: dict[tuple[int, int], AcceptanceModel] = {}  # by bucket and level
-        self._mixes = [[0.0] * NUM_LEVELS for _ in range(num_buckets)]
 
     def _models(self) -> Iterator[AcceptanceModel]:
         yield from self._shared
         yield from self._own.values()
-
-    def see(self, bucket: int, level: int) -> None:
-        """A step of any strategy was run in a bucket at a level."""
-        mix = self._mixes[bucket]
-        mix[:] = [_MIX_KEEP * weight for weight in mix]
-        mix[level] += 1.0
 
     def record(self, bucket: int, stats: StepStats) -> bool:
         level = reference_level(stats.referenced_rows, stats.batch_size)
@@ -95,19 +85,6 @@ class NgramAcceptance(DrafterAcceptance):
             return own.lengths
         return {strategy: _doubted(its) for strategy, its in self._shared[level].lengths.items()}
 
-    def mean_lengths(self, bucket: int) -> Mapping[DraftStrategy, float]:
-        """Over the levels of these."""
-        mix = self._mixes[bucket] if any(self._mixes[bucket]) else [1.0]
-        models = [self._own.get((bucket, level), self._shared[level]) for level in range(len(mix))]
-        return {
-            strategy: sum(
-                weight * model.lengths[strategy].mean
-                for weight, model in zip(mix, models, strict=True)
-            )
-            / sum(mix)
-            for strategy in self._strategies
-        }
-
     def look(self, keep: float) -> None:
         """Bring beliefs up to date where there were steps; elsewhere nothing is forgotten: there
         are many estimates, most of them not in use."""
@@ -128,7 +105,6 @@ class NgramAcceptance(DrafterAcceptance):
         return {
             "shared": [model.state_dict() for model in self._shared],
             "own": [[*place, model.state_dict()] for place, model in self._own.items()],
-            "mixes": [list(mix) for mix in self._mixes],
             "num_alarms": self.num_alarms,
         }
 
@@ -139,5 +115,4 @@ class NgramAcceptance(DrafterAcceptance):
         for bucket, level, saved in state["own"]:
             self._own[bucket, level] = AcceptanceModel(self._strategies)
             self._own[bucket, level].load_state_dict(saved)
-        self._mixes = [list(mix) for mix in state["mixes"]]
         self.num_alarms = state["num_alarms"]

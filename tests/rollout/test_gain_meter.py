@@ -114,14 +114,14 @@ def test_what_was_expected_and_what_was_lost_weigh_arms_by_their_seconds() -> No
     for arm, seconds in ((0, 1.0), (1, 2.0), (1, 1.0), (2, 4.0)):
         meter.add(0, arm, 1, 1, seconds, seconds)
     gains = {0: 1.0, 1: 1.5, 2: 2.0}
-    assert meter.expected_gain(0, gains) == pytest.approx((1 + 3 * 1.5 + 4 * 2) / 8)
-    assert meter.expected_gain(0, {2: 2.0}) == 2
-    assert meter.expected_gain(0, {}) is None
-    assert meter.lost_seconds({0: gains}, {0: {}}) == pytest.approx(1 * 0.5 + 3 * 0.25)
+    assert meter.expected_gain(0, {0: gains}) == pytest.approx((1 + 3 * 1.5 + 4 * 2) / 8)
+    assert meter.expected_gain(0, {0: {2: 2.0}}) == 2
+    assert meter.expected_gain(0, {0: {}}) is None
+    assert meter.lost_seconds({(0, 0): gains}, {0: {}}) == pytest.approx(1 * 0.5 + 3 * 0.25)
     allowed = {0: 1.0, 1: 1.5}
-    assert meter.lost_seconds({0: allowed}, {0: {2: 0.5}}) == pytest.approx(1 / 3 + 4 * 2 / 3)
-    assert meter.lost_seconds({0: allowed}, {0: {2: 2.0}}) == pytest.approx(1 / 3)
-    assert meter.lost_seconds({0: {}}, {0: {}}) == 0
+    assert meter.lost_seconds({(0, 0): allowed}, {0: {2: 0.5}}) == pytest.approx(1 / 3 + 4 * 2 / 3)
+    assert meter.lost_seconds({(0, 0): allowed}, {0: {2: 2.0}}) == pytest.approx(1 / 3)
+    assert meter.lost_seconds({(0, 0): {}}, {0: {}}) == 0
     assert meter.total_seconds == 8
 
 
