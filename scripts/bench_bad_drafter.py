@@ -48,7 +48,14 @@ from bad_drafter_figures import (
     print_figure,
     print_header,
 )
-from bench_rollout import Bench, Responses, load_prompts, load_weights, num_rollouts, print_machine
+from bench_rollout import (
+    Bench,
+    Responses,
+    load_prompts,
+    load_weights,
+    num_prompts_of_round,
+    print_machine,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -343,12 +350,11 @@ def run(bench: BadDrafterBench) -> list[Figure]:
     found: list[Figure] = []
     log: list[tuple[tuple[object, ...], Round]] = []
     for batch_size in bench.batch_sizes:
-        num_prompts = max(num_rollouts(rollouts, batch_size) // bench.num_samples, 1)
         subject = Subject(
             bench=bench,
             engine=make_engine(bench, batch_size, model),
             batch_size=batch_size,
-            prompts=prompts[:num_prompts],
+            prompts=prompts[: num_prompts_of_round(rollouts, batch_size)],
             good=good,
         )
         rounds: dict[Scenario, list[Round]] = {scenario: [] for scenario in bench.scenarios}

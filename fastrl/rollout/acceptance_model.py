@@ -145,6 +145,19 @@ class AcceptanceModel:
 
         Raises ValueError for a step without counts by depth and rank.
         """
+        chance = sum(self._first_probabilities()[: stats.strategy.topk])
+        self.learn(stats)
+        num_rows = effective_rows(stats.batch_size)
+        if stats.strategy.drafter == "ngram":
+            # Whether n-grams find anything is rather a matter of the step than of its rows.
+            num_rows = min(num_rows, _NGRAM_ROWS)
+        hits = num_rows * sum(stats.accepted_by_rank[0]) / stats.batch_size
+        for change in self._changes:
+            change.record(num_rows, hits, chance)
+        return self.num_rows >= _RECENT_STEPS and any(map(self._is_alarming, self._changes))
+
+    def learn(self, stats: StepStats) -> None:
+        """The same without looking for a contradiction."""
         if len(stats.accepted_by_rank) != stats.strategy.depth:
             raise ValueError(
                 f"bandit: a step of {stats.strategy} was recorded without what was offered and "
@@ -156,15 +169,7 @@ class AcceptanceModel:
             own, rows = self._own[stats.strategy], weight * stats.batch_size
             modelled = rows * self._modelled[stats.strategy]
             own[:] = own[0] + rows, own[1] + weight * stats.num_tokens, own[2] + modelled
-        hits = sum(stats.accepted_by_rank[0])
-        chance = sum(self._first_probabilities()[: stats.strategy.topk])
         self._add(stats)
-        for change in self._changes:
-            # Whether n-grams find anything is rather a matter of the step than of its rows.
-            most = _NGRAM_ROWS if stats.strategy.drafter == "ngram" else math.inf
-            rows = min(weight * stats.batch_size, most)
-            change.record(rows, rows * hits / stats.batch_size, chance)
-        return self.num_rows >= _RECENT_STEPS and any(map(self._is_alarming, self._changes))
 
     def _is_alarming(self, change: _Change) -> bool:
         return change.total >= (_ALARM if self._doubt < _IN_DOUBT else _NOTICED_ALARM)

@@ -67,7 +67,7 @@ class NgramAcceptance(DrafterAcceptance):
             model.load_state_dict(shared.state_dict())
             model.take_notice(1.0)
         if model.num_rows < _TEACHING_ROWS:
-            shared.record(stats)
+            shared.learn(stats)
         if not model.record(stats):
             return False
         self.num_alarms += 1
