@@ -96,10 +96,8 @@ class _Change:
         self.num_steps = 0  # since the evidence began
 
     def record(self, rows: float, hits: float, chance: float) -> None:
-        chance = min(max(chance, 0.02), 0.98)
         # Of a hit, log(other / chance); of a miss, log((1 - other) / (1 - chance)).
-        self.total += hits * self._log_factor
-        self.total -= rows * math.log(1 + (self._factor - 1) * chance)
+        self.total += hits * self._log_factor - rows * math.log(1 + (self._factor - 1) * chance)
         self.num_steps += 1
         if self.total <= 0:
             self.clear()
@@ -145,7 +143,8 @@ class AcceptanceModel:
 
         Raises ValueError for a step without counts by depth and rank.
         """
-        chance = sum(self._first_probabilities()[: stats.strategy.topk])
+        chance = sum(self._first_probabilities(stats.strategy.topk))
+        chance = min(max(chance, 0.02), 0.98)
         self.learn(stats)
         num_rows = effective_rows(stats.batch_size)
         if stats.strategy.drafter == "ngram":
@@ -164,19 +163,20 @@ class AcceptanceModel:
                 "accepted at each depth; the engine must fill offered_by_rank and accepted_by_rank"
             )
         self._recent.append(stats)
-        weight = effective_rows(stats.batch_size) / stats.batch_size
         if stats.strategy.topk > 1 and self.num_rows >= _FEWEST_ROWS_TO_CORRECT:
-            own, rows = self._own[stats.strategy], weight * stats.batch_size
-            modelled = rows * self._modelled[stats.strategy]
-            own[:] = own[0] + rows, own[1] + weight * stats.num_tokens, own[2] + modelled
+            own, rows = self._own[stats.strategy], effective_rows(stats.batch_size)
+            tokens = rows * stats.num_tokens / stats.batch_size
+            own[:] = own[0] + rows, own[1] + tokens, own[2] + rows * self._modelled[stats.strategy]
         self._add(stats)
 
     def _is_alarming(self, change: _Change) -> bool:
         return change.total >= (_ALARM if self._doubt < _IN_DOUBT else _NOTICED_ALARM)
 
-    def _first_probabilities(self) -> list[float]:
-        """Of the root's children: the first level of `probabilities`."""
-        return _drawn_towards(self._offered[0], self._accepted[0], self._first_prior, _PRIOR_ROWS)
+    def _first_probabilities(self, topk: int) -> list[float]:
+        """Of the root's first children: the first level of `probabilities`."""
+        offered, accepted = self._offered[0], self._accepted[0]
+        prior = self._first_prior[:topk]
+        return _drawn_towards(offered[:topk], accepted[:topk], prior, _PRIOR_ROWS)
 
     def _add(self, stats: StepStats) -> None:
         self.has_news = True
@@ -241,7 +241,7 @@ class AcceptanceModel:
 
     def probabilities(self) -> list[list[float]]:
         """[depth][rank]: of the target's token being that child, given the path down to it."""
-        levels = [self._first_probabilities()]
+        levels = [self._first_probabilities(len(self._first_prior))]
         for offered, accepted in zip(self._offered[1:], self._accepted[1:], strict=True):
             levels.append(_drawn_towards(offered, accepted, levels[-1], _LEVEL_ROWS))
         return levels

@@ -47,6 +47,7 @@ from fastrl.rollout.bandit_base import (
 )
 from fastrl.rollout.bandit_windows import WindowBandit
 from fastrl.rollout.engine import CostQuery
+from fastrl.rollout.place import Place
 from fastrl.types import OFF, DraftStrategy, StepStats
 
 __all__ = [
@@ -99,7 +100,7 @@ class FixedStrategy:
         """While the strategy cannot be run: n-gram trees of its shape, or `off` for these too."""
         self._is_excluded = self.strategy in strategies
 
-    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+    def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
         """None: nothing depends on costs."""
         return ()
 
@@ -249,11 +250,12 @@ class UCB1(WindowBandit):
         self.horizon = horizon
         self._counts = [[0.0] * len(self.arms) for _ in self.batch_thresholds]
 
-    def _observe(self, bucket: int, arm: int, stats: StepStats) -> None:
-        super()._observe(bucket, arm, stats)
+    def _observe(self, place: Place, arm: int, stats: StepStats) -> None:
+        super()._observe(place, arm, stats)
         fading = math.exp(-1 / self.horizon)
-        self._counts[bucket] = [count * fading for count in self._counts[bucket]]
-        self._counts[bucket][arm] += 1
+        counts = [count * fading for count in self._counts[place.bucket]]
+        counts[arm] += 1
+        self._counts[place.bucket] = counts
 
     def discount(self, keep: float, *, drafter_changed: bool = True) -> None:
         """Forget acceptance of older steps, and trust every arm's rate the less for it."""
@@ -296,8 +298,8 @@ class Predefined(WindowBandit):
         super().__init__(list(speculative), thresholds, window_size, min_tries=0, seed=0)
         self._arm_of_bucket = [self._arm_index[strategy] for strategy in named]
 
-    def _decide(self, bucket: int, batch_size: int, referenced_rows: int) -> tuple[int, bool]:
-        return self._arm_of_bucket[bucket], False
+    def _decide(self, place: Place) -> tuple[int, bool]:
+        return self._arm_of_bucket[place.bucket], False
 
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
         return self._arm_of_bucket[bucket], False

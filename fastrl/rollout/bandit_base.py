@@ -17,6 +17,7 @@ from typing import Any
 
 from fastrl.rollout.engine import CostQuery
 from fastrl.rollout.gain_meter import GainMeter
+from fastrl.rollout.place import Place
 from fastrl.rollout.step_state import plain_stats, restored_stats
 from fastrl.types import OFF, DraftStrategy, StepStats
 
@@ -103,19 +104,17 @@ class Bandit(ABC):
         """Arms whose steps take the time of a plain one wherever they find nothing to draft."""
         self._meter = GainMeter(len(self.batch_thresholds), len(self.arms), self._two_kinds)
         self._past_regret_s = 0.0
-        self._waiting: list[tuple[int, int, StepStats]] = []  # bucket, arm, step: to be learned
+        self._waiting: list[StepStats] = []  # to be learned
+        # Whether the step last decided on may be learned a few steps later.
+        self._can_wait = False
         self._clear_period()
 
-    def _may_wait(self, bucket: int, arm: int) -> bool:
-        """Whether a step of the arm may be learned a few steps later."""
-        return False
+    @abstractmethod
+    def _decide(self, place: Place) -> tuple[int, bool]:
+        """The arm of a step, and whether it is taken to learn; may set `_can_wait`."""
 
     @abstractmethod
-    def _decide(self, bucket: int, batch_size: int, referenced_rows: int) -> tuple[int, bool]:
-        """The arm of a step, and whether it is taken to learn."""
-
-    @abstractmethod
-    def _observe(self, bucket: int, arm: int, stats: StepStats) -> None:
+    def _observe(self, place: Place, arm: int, stats: StepStats) -> None:
         """Learn from a step that has been checked."""
 
     @abstractmethod
@@ -124,11 +123,11 @@ class Bandit(ABC):
         drafter was replaced as well."""
 
     @abstractmethod
-    def _usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
+    def _usual_seconds(self, arm: int, place: Place) -> float | None:
         """Median seconds of a step; None while unknown."""
 
     @abstractmethod
-    def _believed_gains(self, bucket: int, level: int, batch_size: int) -> dict[int, float]:
+    def _believed_gains(self, place: Place) -> dict[int, float]:
         """Tokens a second over those of `off`, by arm known and allowed; empty without `off`."""
 
     @property
@@ -139,10 +138,10 @@ class Bandit(ABC):
     def select(
         self, batch_size: int, context_tokens: int, referenced_rows: int = 0
     ) -> DraftStrategy:
-        """Strategy for a step over `batch_size` live rows; context length is not looked at."""
-        bucket = self._bucket(batch_size)
-        arm, is_exploring = self._decide(bucket, batch_size, referenced_rows)
-        self._period_choices[bucket][arm] += 1
+        """Strategy for a step; see `engine.StrategySelector.select`."""
+        place = self._place(batch_size, context_tokens, referenced_rows)
+        arm, is_exploring = self._decide(place)
+        self._period_choices[place.bucket][arm] += 1
         self._period_explored += is_exploring
         return self.arms[arm]
 
@@ -150,7 +149,7 @@ class Bandit(ABC):
         """Choose none of these until told anew; `off` cannot be excluded."""
         self._excluded = {arm for arm in self.arms if arm in strategies and not arm.is_off}
 
-    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+    def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
         """None: step times are learnt from rollouts."""
         return ()
 
@@ -160,45 +159,41 @@ class Bandit(ABC):
 
     def record(self, stats: StepStats) -> None:
         """Learn from a finished step; raises ValueError for a strategy that is no arm."""
-        arm = self._arm_index.get(stats.strategy)
-        if arm is None:
+        if stats.strategy not in self._arm_index:
             raise ValueError(
                 f"bandit: a step was recorded for {stats.strategy}, which is none of its arms "
                 f"{[str(a) for a in self.arms]}; run the strategy that select() returned"
             )
         if stats.seconds <= 0 or stats.batch_size < 1:
             raise ValueError(f"bandit: a step needs seconds > 0 and rows >= 1, got {stats}")
-        bucket = self._bucket(stats.batch_size)
-        self._waiting.append((bucket, arm, stats))
+        self._waiting.append(stats)
         if self.journal is not None:
             self.journal.append(stats)
-        if len(self._waiting) >= MOST_WAITING_STEPS or not self._may_wait(bucket, arm):
+        if not self._can_wait or len(self._waiting) >= MOST_WAITING_STEPS:
             self._learn()
+        self._can_wait = False
 
     def _learn(self) -> None:
         """From the steps that wait."""
-        for bucket, arm, stats in self._waiting:
-            self._measure(bucket, arm, stats)
-            self._observe(bucket, arm, stats)
+        for stats in self._waiting:
+            place, arm = self._place_of(stats), self._arm_index[stats.strategy]
+            self._measure(place, arm, stats)
+            self._observe(place, arm, stats)
         self._waiting.clear()
 
-    def _measure(self, bucket: int, arm: int, stats: StepStats) -> None:
+    def _measure(self, place: Place, arm: int, stats: StepStats) -> None:
         """Count a step's gain, by what was known before it."""
-        level = self._level(stats.referenced_rows, stats.batch_size)
-        if (bucket, level) not in self._forecasts:
-            gains = self._believed_gains(bucket, level, stats.batch_size)
-            self._forecasts[bucket, level] = gains
-        usual_seconds = self._usual_seconds(arm, bucket, stats.batch_size)
-        self._meter.add(
-            bucket, arm, stats.batch_size, stats.num_tokens, stats.seconds, usual_seconds, level
-        )
+        if (place.bucket, place.level) not in self._forecasts:
+            self._forecasts[place.bucket, place.level] = self._believed_gains(place)
+        usual_seconds = self._usual_seconds(arm, place)
+        self._meter.add(place, arm, stats.num_tokens, stats.seconds, usual_seconds)
 
     def replay(self, entry: StepStats | MeasuredCost) -> None:
         """Learn from an entry of a journal, another rank's or one's own, without measuring gains:
         steps of several ranks in turns have no neighbours."""
         self._learn()
         if isinstance(entry, StepStats):
-            self._observe(self._bucket(entry.batch_size), self._arm_index[entry.strategy], entry)
+            self._observe(self._place_of(entry), self._arm_index[entry.strategy], entry)
         else:
             self.record_cost(entry.query, entry.seconds)
 
@@ -214,8 +209,12 @@ class Bandit(ABC):
         """What tells steps of a bucket apart, besides their size: nothing, unless overridden."""
         return 0
 
-    def _bucket(self, batch_size: int) -> int:
-        return bisect_right(self.batch_thresholds, batch_size) - 1
+    def _place(self, batch_size: int, context_tokens: int, referenced_rows: int) -> Place:
+        bucket = bisect_right(self.batch_thresholds, batch_size) - 1
+        return Place(bucket, self._level(referenced_rows, batch_size), batch_size, context_tokens)
+
+    def _place_of(self, stats: StepStats) -> Place:
+        return self._place(stats.batch_size, stats.context_tokens, stats.referenced_rows)
 
     def reseed(self, step: int) -> None:
         """Draw further random choices from (seed, step), so that ranks draw alike."""
@@ -236,12 +235,11 @@ class Bandit(ABC):
         self._forecasts: dict[tuple[int, int], dict[int, float]] = {}
 
     def _believed_by_place(self) -> dict[tuple[int, int], dict[int, float]]:
-        """By bucket and level with steps this period, at the bucket's mean batch."""
-        meter = self._meter
+        """By bucket and level with steps this period, at the bucket's mean batch and context."""
         return {
-            (bucket, level): self._believed_gains(bucket, level, meter.batch_size(bucket))
-            for bucket in meter.buckets
-            for level in meter.level_shares(bucket)
+            (bucket, level): self._believed_gains(self._meter.mean_place(bucket, level))
+            for bucket in self._meter.buckets
+            for level in self._meter.level_shares(bucket)
         }
 
     def _lost_seconds(self, believed: Mapping[tuple[int, int], Mapping[int, float]]) -> float:
@@ -252,11 +250,11 @@ class Bandit(ABC):
     def _barred_gains(self, bucket: int, allowed: Collection[int]) -> dict[int, float]:
         """Of arms that ran this period and were excluded since: by the tokens that they yielded,
         since what is believed of them may be from before they failed, and their usual times."""
-        batch_size = self._meter.batch_size(bucket)
-        off_seconds = self._usual_seconds(0, bucket, batch_size)
+        place = self._meter.mean_place(bucket)
+        off_seconds = self._usual_seconds(0, place)
         gains = {}
         for arm, length in self._meter.accept_lengths(bucket).items():
-            seconds = self._usual_seconds(arm, bucket, batch_size)
+            seconds = self._usual_seconds(arm, place)
             if arm not in allowed and off_seconds and seconds:
                 gains[arm] = length * off_seconds / seconds
         return gains
@@ -335,7 +333,7 @@ class Bandit(ABC):
                 "past_regret_s": self._past_regret_s,
             },
             "rng": self._rng.getstate(),
-            "waiting": [plain_stats(stats) for _, _, stats in self._waiting],
+            "waiting": [plain_stats(stats) for stats in self._waiting],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -354,10 +352,7 @@ class Bandit(ABC):
         }
         self._meter.load_state_dict(state["period"]["gains"])
         self._past_regret_s = state["period"]["past_regret_s"]
-        waiting = map(restored_stats, state["waiting"])
-        self._waiting = [
-            (self._bucket(s.batch_size), self._arm_index[s.strategy], s) for s in waiting
-        ]
+        self._waiting = [restored_stats(stats) for stats in state["waiting"]]
         version, words, gauss_next = state["rng"]
         self._rng.setstate((version, tuple(words), gauss_next))
 

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from fastrl.rollout.bandit_base import Bandit, check_keep
+from fastrl.rollout.place import Place
 from fastrl.types import StepStats
 
 _PRIOR_ROWS = 16
@@ -113,9 +114,9 @@ class WindowBandit(Bandit):
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
         """One of two or more candidates, all with steps in the bucket; whether it explores."""
 
-    def _decide(self, bucket: int, batch_size: int, referenced_rows: int) -> tuple[int, bool]:
-        arm, is_exploring = self._decide_among(bucket, self._candidates(batch_size))
-        self._num_selected[bucket][arm] += 1
+    def _decide(self, place: Place) -> tuple[int, bool]:
+        arm, is_exploring = self._decide_among(place.bucket, self._candidates(place.batch_size))
+        self._num_selected[place.bucket][arm] += 1
         return arm, is_exploring
 
     def _decide_among(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
@@ -127,8 +128,8 @@ class WindowBandit(Bandit):
             return min(untried, key=lambda arm: (num_selected[arm], arm)), True
         return self._choose(bucket, candidates)
 
-    def _observe(self, bucket: int, arm: int, stats: StepStats) -> None:
-        tokens, rows = stats.num_tokens, stats.batch_size
+    def _observe(self, place: Place, arm: int, stats: StepStats) -> None:
+        bucket, tokens, rows = place.bucket, stats.num_tokens, stats.batch_size
         window = self._windows[bucket][arm]
         window.append(tokens, rows, stats.seconds)
         weight = (1 - 1 / self.window_size) * self._mean_weight[arm] + rows
@@ -142,16 +143,16 @@ class WindowBandit(Bandit):
         windows, mean_accept = self._windows[bucket], self._mean_accept
         return [windows[arm].rate(mean_accept[arm]) for arm in arms]
 
-    def _usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
-        window = self._windows[bucket][arm]
+    def _usual_seconds(self, arm: int, place: Place) -> float | None:
+        window = self._windows[place.bucket][arm]
         return window.median_seconds if window.steps else None
 
-    def _believed_gains(self, bucket: int, level: int, batch_size: int) -> dict[int, float]:
-        windows = self._windows[bucket]
-        known = [arm for arm in self._candidates(batch_size) if windows[arm].steps]
+    def _believed_gains(self, place: Place) -> dict[int, float]:
+        windows = self._windows[place.bucket]
+        known = [arm for arm in self._candidates(place.batch_size) if windows[arm].steps]
         if 0 not in known:
             return {}
-        rates = self._rates(bucket, known)
+        rates = self._rates(place.bucket, known)
         return {arm: rate / rates[0] for arm, rate in zip(known, rates, strict=True)}
 
     def discount(self, keep: float, *, drafter_changed: bool = True) -> None:

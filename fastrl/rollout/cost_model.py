@@ -1,9 +1,10 @@
-"""What a decode step of each strategy takes at any batch size: a profile, and how far off it is.
+"""What a decode step of each strategy takes at any batch size and context: a profile, and how far
+off it is.
 
-The profile is a curve over batch sizes for each strategy, measured before the first rollout, or,
-without that, made of the first steps themselves. Each bucket of batch sizes tracks the ratio of
-measured to profiled seconds as a median over a strategy's last steps, so that hiccups do not count
-and a wrong profile is forgotten within a few steps; it also follows growing contexts. Where a
+The profile (cost_profile.py) is measured before the first rollout, or, without that, made of the
+first steps themselves. Each bucket of batch sizes tracks the ratio of measured to profiled seconds
+as a median over a strategy's last steps, so that hiccups do not count and a wrong profile is
+forgotten within a few steps. Where a
 strategy has no steps yet, it is held to be as far off as the others are in the bucket, so that it
 is not tried merely because it ran in better times; or as it is itself in other buckets. Steps of
 n-gram arms are of two kinds, with drafts and without, and so counted by their mean. What was seen
@@ -14,10 +15,12 @@ been run in bad times only.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from fastrl.rollout.cost_profile import CostProfile
+from fastrl.rollout.place import Place
 
 _WINDOW = 31
 _PROFILE_DEVIATION = 0.08
@@ -47,41 +50,38 @@ class CostModel:
         self._two_kinds = frozenset(two_kinds)
         self._num_recorded = [0] * num_buckets
         self._last_recorded = [[0] * num_buckets for _ in range(num_arms)]
-        self._profiles: list[dict[int, float]] = [{} for _ in range(num_arms)]
-        self._curves: list[dict[int, float]] = [{} for _ in range(num_arms)]  # as asked for
+        self._profiles = [CostProfile() for _ in range(num_arms)]
         self._ratios = [
             [deque[float](maxlen=_WINDOW) for _ in range(num_buckets)] for _ in range(num_arms)
         ]
         self._medians: list[list[float | None]] = [[None] * num_buckets for _ in range(num_arms)]
 
-    def covers(self, arm: int, batch_size: int) -> bool:
-        """Whether the curve reaches this batch size."""
-        return batch_size <= max(self._profiles[arm], default=0)
+    def covers(self, arm: int, batch_size: int, context_tokens: int) -> bool:
+        """Whether the profile reaches so far."""
+        return self._profiles[arm].covers(batch_size, context_tokens)
 
-    def add_profile(self, arm: int, batch_size: int, seconds: float) -> None:
-        """A point of the curve."""
-        self._profiles[arm][batch_size] = seconds
-        self._curves[arm].clear()
+    def add_profile(self, arm: int, batch_size: int, context_tokens: int, seconds: float) -> None:
+        """A point of the profile."""
+        self._profiles[arm].add(batch_size, context_tokens, seconds)
 
-    def is_known(self, arm: int, bucket: int, batch_size: int) -> bool:
-        """Whether a step at this batch size can be told: from the profile, or steps nearby."""
-        profile = self._profiles[arm]
-        reach = 2 if len(profile) > 1 else 1
-        return bool(self._ratios[arm][bucket]) or (
-            bool(profile) and batch_size <= reach * max(profile)
-        )
+    def is_known(self, arm: int, place: Place) -> bool:
+        """Whether a step there can be told: from the profile, or steps nearby."""
+        if self._ratios[arm][place.bucket]:
+            return True
+        return self._profiles[arm].tells(place.batch_size)
 
-    def record(self, arm: int, bucket: int, batch_size: int, seconds: float) -> None:
+    def record(self, arm: int, place: Place, seconds: float) -> None:
         """Learn from a step."""
-        if not self.is_known(arm, bucket, batch_size):
-            self.add_profile(arm, batch_size, seconds)
-        ratios = self._ratios[arm][bucket]
-        num_outdated = int(self._age(arm, bucket) * len(ratios))
-        if num_outdated == len(ratios):
-            ratios.append(self._ratio(arm, bucket))  # the vote of what was believed so far
-        for _ in range(num_outdated):
-            ratios.popleft()
-        ratios.append(seconds / self._profiled(arm, batch_size))
+        bucket, ratios = place.bucket, self._ratios[arm][place.bucket]
+        if not self.is_known(arm, place):
+            self._profiles[arm].extend(place.batch_size, place.context_tokens, seconds)
+        if not ratios or self._last_recorded[arm][bucket] < self._num_recorded[bucket]:
+            num_outdated = int(self._age(arm, bucket) * len(ratios))
+            if num_outdated == len(ratios):
+                ratios.append(self._ratio(arm, bucket))  # the vote of what was believed so far
+            for _ in range(num_outdated):
+                ratios.popleft()
+        ratios.append(seconds / self._profiled(arm, place))
         self._medians[arm][bucket] = self._typical(arm, ratios)
         self._num_recorded[bucket] += 1
         self._last_recorded[arm][bucket] = self._num_recorded[bucket]
@@ -93,16 +93,19 @@ class CostModel:
         most = _FARTHEST * median
         return sum([ratio if ratio < most else most for ratio in ratios]) / len(ratios)
 
-    def usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
+    def usual_seconds(self, arm: int, place: Place) -> float | None:
         """By the arm's own last steps and its profile alone; None where these do not tell."""
-        if not self.is_known(arm, bucket, batch_size):
+        if not self.is_known(arm, place):
             return None
-        own = self._medians[arm][bucket]
-        return self._profiled(arm, batch_size) * (1.0 if own is None else own)
+        own = self._medians[arm][place.bucket]
+        return self._profiled(arm, place) * (1.0 if own is None else own)
 
-    def seconds(self, arm: int, bucket: int, batch_size: int) -> float:
+    def seconds(self, arm: int, place: Place) -> float:
         """Expected of a step."""
-        return self._profiled(arm, batch_size) * self._ratio(arm, bucket)
+        return self._profiled(arm, place) * self._ratio(arm, place.bucket)
+
+    def _profiled(self, arm: int, place: Place) -> float:
+        return self._profiles[arm].seconds(place.batch_size, place.context_tokens)
 
     def _ratio(self, arm: int, bucket: int) -> float:
         """Measured over profiled seconds."""
@@ -135,18 +138,10 @@ class CostModel:
         old = _OLD_DEVIATION * math.sqrt(self._age(arm, bucket))
         return math.hypot(_STEP_DEVIATION / math.sqrt(len(ratios)), old)
 
-    def _profiled(self, arm: int, batch_size: int) -> float:
-        """The curve: linear between its points, level before the first, as steep as the last two
-        after the last."""
-        curve = self._curves[arm]
-        if batch_size not in curve:
-            curve[batch_size] = _interpolated(self._profiles[arm], batch_size)
-        return curve[batch_size]
-
     def state_dict(self) -> dict[str, Any]:
         """Curves and ratios."""
         return {
-            "profiles": [[list(point) for point in p.items()] for p in self._profiles],
+            "profiles": [profile.state_dict() for profile in self._profiles],
             "ratios": [[list(ratios) for ratios in buckets] for buckets in self._ratios],
             "num_recorded": list(self._num_recorded),
             "last_recorded": [list(last) for last in self._last_recorded],
@@ -154,8 +149,8 @@ class CostModel:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        self._profiles = [dict(points) for points in state["profiles"]]
-        self._curves = [{} for _ in self._profiles]
+        for profile, points in zip(self._profiles, state["profiles"], strict=True):
+            profile.load_state_dict(points)
         self._ratios = [
             [deque(ratios, maxlen=_WINDOW) for ratios in buckets] for buckets in state["ratios"]
         ]
@@ -165,16 +160,6 @@ class CostModel:
         ]
         self._num_recorded = list(state["num_recorded"])
         self._last_recorded = [list(last) for last in state["last_recorded"]]
-
-
-def _interpolated(profile: Mapping[int, float], batch_size: int) -> float:
-    points = sorted(profile)
-    place = bisect_left(points, batch_size)
-    if place == 0 or len(points) == 1:
-        return profile[points[0]]
-    lower, upper = points[min(place, len(points) - 1) - 1], points[min(place, len(points) - 1)]
-    slope = (profile[upper] - profile[lower]) / (upper - lower)
-    return profile[lower] + max(slope, 0.0) * (batch_size - lower)
 
 
 def _median_low(values: Collection[float]) -> float:

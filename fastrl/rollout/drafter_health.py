@@ -117,9 +117,9 @@ class WatchedSelector:
         """Pass on."""
         self._selector.exclude(strategies)
 
-    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+    def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
         """The selector's."""
-        return self._selector.cost_queries(max_batch_size)
+        return self._selector.cost_queries(max_batch_size, max_context)
 
     def record_cost(self, query: CostQuery, seconds: float) -> None:
         """Pass on."""

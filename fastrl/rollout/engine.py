@@ -59,12 +59,14 @@ class StrategySelector(Protocol):
         """Choose none of these until told anew: their drafter is not ready, or not healthy."""
         ...
 
-    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
-        """What it wants timed before the first rollout; empty if it learns from rollouts alone."""
+    def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
+        """What it wants timed before rollouts of up to so many live rows and, prompts included, so
+        many tokens; empty if it learns from rollouts alone, or was answered before."""
         ...
 
     def record_cost(self, query: CostQuery, seconds: float) -> None:
-        """Learn what such a step took: the second smallest of five."""
+        """Learn what such a step took, the second smallest of five; the query may have been cut to
+        a context that leaves room for the steps."""
         ...
 
 

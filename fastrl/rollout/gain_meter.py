@@ -21,6 +21,8 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastrl.rollout.place import Place
+
 _MOST_PAIRS = 31
 """Newest pairs of an arm in a bucket that count."""
 _FEWEST_PAIRS = 3
@@ -30,9 +32,8 @@ decide a short period."""
 
 
 class _Step(NamedTuple):
-    bucket: int
+    place: Place
     arm: int
-    rows: int
     seconds: float
 
 
@@ -78,26 +79,22 @@ class GainMeter:
         self._last: _Step | None = None
         self._raw_seconds = [0.0] * self._num_buckets
         self._rows = [0] * self._num_buckets
+        self._contexts = [0] * self._num_buckets
         self._tokens = [0] * self._num_buckets
         self._sums = [[_ArmSums() for _ in range(self._num_arms)] for _ in range(self._num_buckets)]
         # Of each arm, by bucket and level.
         self._seconds_by_level: dict[tuple[int, int], list[float]] = {}
 
     def add(
-        self,
-        bucket: int,
-        arm: int,
-        rows: int,
-        num_tokens: int,
-        seconds: float,
-        usual_seconds: float | None,
-        level: int = 0,
+        self, place: Place, arm: int, num_tokens: int, seconds: float, usual_seconds: float | None
     ) -> None:
         """A step, and what such a step usually takes (None: nothing is known of it)."""
-        step = _Step(bucket, arm, rows, seconds)
+        step = _Step(place, arm, seconds)
         self._add_pair(self._last, step)
         self._last = step
+        bucket, level, rows, context = place
         self._rows[bucket] += rows
+        self._contexts[bucket] += context
         self._tokens[bucket] += num_tokens
         self._raw_seconds[bucket] += seconds
         sums = self._sums[bucket][arm]
@@ -112,12 +109,15 @@ class GainMeter:
         by_arm[arm] += seconds
 
     def _add_pair(self, last: _Step | None, step: _Step) -> None:
-        if last is None or last.bucket != step.bucket or (last.arm == 0) == (step.arm == 0):
+        if last is None or (last.arm == 0) == (step.arm == 0):
             return
-        if 8 * abs(last.rows - step.rows) > step.rows:
+        place, its = step.place, last.place
+        if place.bucket != its.bucket or 8 * abs(its.batch_size - place.batch_size) > (
+            place.batch_size
+        ):
             return
         off, other = (last, step) if last.arm == 0 else (step, last)
-        self._pairs[step.bucket][other.arm].append(other.seconds / off.seconds)
+        self._pairs[place.bucket][other.arm].append(other.seconds / off.seconds)
 
     @property
     def buckets(self) -> list[int]:
@@ -134,9 +134,12 @@ class GainMeter:
         total = sum(seconds.values())
         return {level: its / total for level, its in seconds.items()}
 
-    def batch_size(self, bucket: int) -> int:
-        """Mean rows of the period's steps in such a bucket, rounded."""
-        return round(self._rows[bucket] / sum(sums.num_steps for sums in self._sums[bucket]))
+    def mean_place(self, bucket: int, level: int = 0) -> Place:
+        """At a level, with the mean rows and context of the period's steps in such a bucket,
+        rounded."""
+        num_steps = sum(sums.num_steps for sums in self._sums[bucket])
+        mean_rows = round(self._rows[bucket] / num_steps)
+        return Place(bucket, level, mean_rows, round(self._contexts[bucket] / num_steps))
 
     def tokens_per_second(self, bucket: int) -> float:
         """Of the whole batch together, over the period's steps in such a bucket."""
@@ -220,9 +223,10 @@ class GainMeter:
         """All of it, in plain numbers and lists."""
         return {
             "pairs": [[list(pairs) for pairs in by_arm] for by_arm in self._pairs],
-            "last": None if self._last is None else list(self._last),
+            "last": None if self._last is None else [list(self._last.place), *self._last[1:]],
             "raw_seconds": list(self._raw_seconds),
             "rows": list(self._rows),
+            "contexts": list(self._contexts),
             "tokens": list(self._tokens),
             "sums": [[sums.as_list() for sums in by_arm] for by_arm in self._sums],
             "seconds_by_level": [
@@ -235,9 +239,13 @@ class GainMeter:
         self._pairs = [
             [deque(pairs, maxlen=_MOST_PAIRS) for pairs in by_arm] for by_arm in state["pairs"]
         ]
-        self._last = None if state["last"] is None else _Step(*state["last"])
+        self._last = None
+        if state["last"] is not None:
+            place, arm, seconds = state["last"]
+            self._last = _Step(Place(*place), arm, seconds)
         self._raw_seconds = list(state["raw_seconds"])
         self._rows = list(state["rows"])
+        self._contexts = list(state["contexts"])
         self._tokens = list(state["tokens"])
         self._sums = [[_ArmSums(*sums) for sums in by_arm] for by_arm in state["sums"]]
         self._seconds_by_level = {

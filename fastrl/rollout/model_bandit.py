@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from fastrl.rollout.acceptance_model import PLAIN_LENGTH, AcceptLength
 from fastrl.rollout.bandit_base import (
     DEFAULT_BATCH_THRESHOLDS,
+    MOST_WAITING_STEPS,
     Bandit,
     MeasuredCost,
     check_keep,
@@ -36,6 +37,7 @@ from fastrl.rollout.cost_model import CostModel
 from fastrl.rollout.drafter_acceptance import DrafterAcceptance
 from fastrl.rollout.engine import CostQuery
 from fastrl.rollout.ngram_acceptance import NgramAcceptance, reference_level
+from fastrl.rollout.place import Place
 from fastrl.types import DraftStrategy, StepStats
 
 _MOST_STEPS_PER_DRAW = 12
@@ -52,7 +54,11 @@ _STEPS_PER_REFRESH, _MOST_STEPS_PER_REFRESH = 8, 64
 _STEP_KEEP = 0.999
 """Share of what was seen of acceptance that a decode step leaves: arms that went unused for long
 are tried again."""
-_PROFILED_CONTEXT = 128
+_SHORT_CONTEXT = 128
+"""Context in which arms are profiled at all batch sizes."""
+_LONG_CONTEXT_ROWS, _MOST_LONG_CONTEXT_TOKENS = 16, 1 << 16
+"""Largest batch that is profiled in the longest context too; of more than one row, not beyond so
+many tokens in all, which the cache has to hold."""
 _CONTROL_STEPS = 200
 """Decisions in a bucket, one of which at least is for `off`."""
 _FIRST_CONTROL_STEPS = 5
@@ -107,107 +113,119 @@ class ModelBased(Bandit):
             for kind, arms in kinds.items()
         }
         self._cost = CostModel(len(self.arms), num_buckets, self._two_kinds)
-        # By bucket and level: the arm drawn that is believed the best.
-        self._held: dict[tuple[int, int], int] = {}
+        # By bucket and level: the arm drawn that is believed the best; may its steps wait.
+        self._held: dict[tuple[int, int], tuple[int, bool]] = {}
         self._steps_since_draw = 0
         self._steps_since_change = 0
         self._steps_since_refresh = 0
         self._refresh_steps = _STEPS_PER_REFRESH
-        self._steps_to_control = [_FIRST_CONTROL_STEPS] * num_buckets
-        self._steps_to_probe = [
-            dict.fromkeys(self._kinds, _PROBE_STEPS) for _ in self.batch_thresholds
-        ]
+        self._num_steps = [0] * num_buckets
+        # Of these, from which on the next control, and the next probe of a drafter, is due.
+        self._control_at = [_FIRST_CONTROL_STEPS] * num_buckets
+        self._probe_at = [dict.fromkeys(self._kinds, _PROBE_STEPS) for _ in self._num_steps]
 
     # -- costs ------------------------------------------------------------------------------------
 
-    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
-        """Every arm at 1, 4, 16, … rows, up to the most there may be; none twice."""
+    def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
+        """Every arm at 1, 4, 16, … rows, up to the most there may be, and at few rows in the
+        longest context; none twice."""
         sizes = [4**power for power in range(10) if 4**power < max_batch_size]
-        sizes.append(max_batch_size)
+        short = min(_SHORT_CONTEXT, max_context)
+        shapes = [(size, short) for size in (*sizes, max_batch_size)]
+        if max_context >= 2 * short:
+            for size in sorted({1, min(_LONG_CONTEXT_ROWS, max_batch_size)}):
+                if size == 1 or size * max_context <= _MOST_LONG_CONTEXT_TOKENS:
+                    shapes.append((size, max_context))
         return [
-            CostQuery(strategy=arm, batch_size=size, context_tokens=_PROFILED_CONTEXT)
+            CostQuery(strategy=arm, batch_size=size, context_tokens=context)
             for index, arm in enumerate(self.arms)
-            for size in sizes
-            if index in self._candidates(size) and not self._cost.covers(index, size)
+            for size, context in shapes
+            if index in self._candidates(size) and not self._cost.covers(index, size, context)
         ]
 
     def record_cost(self, query: CostQuery, seconds: float) -> None:
-        """A point of an arm's cost curve."""
-        self._cost.add_profile(self._arm_index[query.strategy], query.batch_size, seconds)
+        """A point of an arm's profile."""
+        arm = self._arm_index[query.strategy]
+        self._cost.add_profile(arm, query.batch_size, query.context_tokens, seconds)
         self._held.clear()
         if self.journal is not None:
             self.journal.append(MeasuredCost(query=query, seconds=seconds))
 
-    def _usual_seconds(self, arm: int, bucket: int, batch_size: int) -> float | None:
-        return self._cost.usual_seconds(arm, bucket, batch_size)
+    def _usual_seconds(self, arm: int, place: Place) -> float | None:
+        return self._cost.usual_seconds(arm, place)
 
-    def _may_wait(self, bucket: int, arm: int) -> bool:
+    # -- choice -----------------------------------------------------------------------------------
+
+    def _decide(self, place: Place) -> tuple[int, bool]:
+        bucket = place.bucket
+        if self._num_steps[bucket] >= self._control_at[bucket]:
+            self._control_at[bucket] += MOST_WAITING_STEPS  # by when it will have been learned
+            self._can_wait = self._may_wait(0, bucket)
+            return 0, True
+        held = self._held.get((bucket, place.level))
+        if held is not None and place.batch_size <= self._max_batch[held[0]]:
+            arm, self._can_wait = held
+            is_exploring = False
+        else:
+            arm, is_exploring = self._choose(place)
+        if arm == 0 and (probed := self._probed(place)) is not None:
+            self._can_wait = False
+            return probed, True
+        return arm, is_exploring
+
+    def _may_wait(self, arm: int, bucket: int) -> bool:
+        """Whether a step of the arm may be learned a few steps later."""
         if arm and self._acceptance[self.arms[arm].drafter].contradicted(bucket):
             return False
         is_settled = self._steps_since_change >= _FIRST_STEPS
         return is_settled and self._cost.num_steps(arm, bucket) >= _FEWEST_COSTS
 
-    # -- choice -----------------------------------------------------------------------------------
-
-    def _decide(self, bucket: int, batch_size: int, referenced_rows: int) -> tuple[int, bool]:
-        if self._steps_to_control[bucket] <= 0 and not any(
-            arm == 0 and its == bucket for its, arm, _ in self._waiting
-        ):
-            return 0, True
-        arm, is_exploring = self._choose(
-            bucket, self._level(referenced_rows, batch_size), batch_size
-        )
-        probed = self._probed(bucket, batch_size) if arm == 0 else None
-        return (arm, is_exploring) if probed is None else (probed, True)
-
-    def _probed(self, bucket: int, batch_size: int) -> int | None:
+    def _probed(self, place: Place) -> int | None:
         """The cheapest strategy of a drafter that has to be tried again; None: there is none."""
         for kind, acceptance in self._acceptance.items():
-            if self._steps_to_probe[bucket][kind] > 0 or not acceptance.contradicted(bucket):
+            bucket = place.bucket
+            is_due = self._num_steps[bucket] >= self._probe_at[bucket][kind]
+            if not is_due or not acceptance.contradicted(bucket):
                 continue
             arms = [
                 arm
-                for arm in self._candidates(batch_size)[1:]
-                if self.arms[arm].drafter == kind and self._cost.is_known(arm, bucket, batch_size)
+                for arm in self._candidates(place.batch_size)[1:]
+                if self.arms[arm].drafter == kind and self._cost.is_known(arm, place)
             ]
             if arms:
-                return min(arms, key=lambda arm: self._cost.seconds(arm, bucket, batch_size))
+                return min(arms, key=lambda arm: self._cost.seconds(arm, place))
         return None
 
     def _level(self, referenced_rows: int, batch_size: int) -> int:
         """Of n-grams; always 0 without any."""
         return reference_level(referenced_rows, batch_size) if self._ngrams else 0
 
-    def _choose(self, bucket: int, level: int, batch_size: int) -> tuple[int, bool]:
-        held = self._held.get((bucket, level))
-        if held is not None and batch_size <= self._max_batch[held]:
-            return held, False
+    def _choose(self, place: Place) -> tuple[int, bool]:
         self._learn()
-        candidates = self._candidates(batch_size)
+        candidates = self._candidates(place.batch_size)
         for arm in candidates:
-            if not self._cost.is_known(arm, bucket, batch_size):
+            if not self._cost.is_known(arm, place):
                 return arm, True
-        options = self._options(bucket, level, batch_size, candidates)
+        options = self._options(place, candidates)
         drawn = self._draw(options)
         is_best = drawn is options[0]
-        if is_best and self._cost.num_steps(drawn.arm, bucket) >= _FEWEST_COSTS:
-            self._held[bucket, level] = drawn.arm
+        self._can_wait = self._may_wait(drawn.arm, place.bucket)
+        if is_best and self._cost.num_steps(drawn.arm, place.bucket) >= _FEWEST_COSTS:
+            self._held[place.bucket, place.level] = drawn.arm, self._can_wait
         return drawn.arm, not is_best
 
-    def _options(
-        self, bucket: int, level: int, batch_size: int, candidates: Sequence[int]
-    ) -> list[_Option]:
-        """The arms that may be the best at a batch size, the likeliest first."""
+    def _options(self, place: Place, candidates: Sequence[int]) -> list[_Option]:
+        """The arms that may be the best there, the likeliest first."""
         options = []
         for arm in candidates:
-            believed = self._length(arm, bucket, level)
+            believed = self._length(arm, place)
             options.append(
                 _Option(
                     arm,
                     self._kinds.index(self.arms[arm].drafter) if arm else -1,
-                    math.log(believed.mean / self._cost.seconds(arm, bucket, batch_size)),
+                    math.log(believed.mean / self._cost.seconds(arm, place)),
                     believed.shared_deviation,
-                    math.hypot(believed.own_deviation, self._cost.deviation(arm, bucket)),
+                    math.hypot(believed.own_deviation, self._cost.deviation(arm, place.bucket)),
                 )
             )
         options.sort(key=lambda option: -option.rate)
@@ -236,31 +254,28 @@ class ModelBased(Bandit):
 
     # -- learning ---------------------------------------------------------------------------------
 
-    def _observe(self, bucket: int, arm: int, stats: StepStats) -> None:
-        self._cost.record(arm, bucket, stats.batch_size, stats.seconds)
-        if arm:
-            self._steps_to_control[bucket] -= 1
-        else:
+    def _observe(self, place: Place, arm: int, stats: StepStats) -> None:
+        bucket = place.bucket
+        self._cost.record(arm, place, stats.seconds)
+        self._num_steps[bucket] = num_steps = self._num_steps[bucket] + 1
+        if not arm:
             is_known = self._cost.num_steps(0, bucket) >= _ENOUGH_CONTROLS
-            self._steps_to_control[bucket] = _CONTROL_STEPS if is_known else _FIRST_CONTROL_STEPS
-        to_probe = self._steps_to_probe[bucket]
-        for kind in self._kinds:
-            to_probe[kind] -= 1
+            control_steps = _CONTROL_STEPS if is_known else _FIRST_CONTROL_STEPS
+            self._control_at[bucket] = num_steps + control_steps
         self._steps_since_draw += 1
         self._steps_since_change += 1
         self._steps_since_refresh += 1
         started_anew = False
-        level = self._level(stats.referenced_rows, stats.batch_size)
         if arm:
             acceptance = self._acceptance[stats.strategy.drafter]
             started_anew = acceptance.record(bucket, stats)
             num_hits = sum(stats.accepted_by_rank[0])
             is_promising = num_hits >= _PROMISING * stats.batch_size
-            to_probe[stats.strategy.drafter] = 0 if is_promising else _PROBE_STEPS
+            probe_steps = 0 if is_promising else _PROBE_STEPS
+            self._probe_at[bucket][stats.strategy.drafter] = num_steps + probe_steps
             # A look costs more than a step's counts; it is worth it when they have grown.
-            interval = int(acceptance.num_rows(bucket, level) / (8 * stats.batch_size))
-            interval = min(max(interval, _STEPS_PER_REFRESH), _MOST_STEPS_PER_REFRESH)
-            self._refresh_steps = interval
+            interval = int(acceptance.num_rows(bucket, place.level) / (8 * stats.batch_size))
+            self._refresh_steps = min(max(interval, _STEPS_PER_REFRESH), _MOST_STEPS_PER_REFRESH)
         steps_per_draw = min(
             1 + self._steps_since_change // _STEPS_PER_EVIDENCE, _MOST_STEPS_PER_DRAW
         )
@@ -274,11 +289,11 @@ class ModelBased(Bandit):
         elif self._steps_since_draw >= steps_per_draw:
             self._draw_anew()
 
-    def _length(self, arm: int, bucket: int, level: int) -> AcceptLength:
+    def _length(self, arm: int, place: Place) -> AcceptLength:
         if arm == 0:
             return PLAIN_LENGTH
         strategy = self.arms[arm]
-        return self._acceptance[strategy.drafter].lengths(bucket, level)[strategy]
+        return self._acceptance[strategy.drafter].lengths(place.bucket, place.level)[strategy]
 
     def _draw_anew(self) -> None:
         self._held.clear()
@@ -298,12 +313,11 @@ class ModelBased(Bandit):
 
     # -- what it believes -------------------------------------------------------------------------
 
-    def _believed_gains(self, bucket: int, level: int, batch_size: int) -> dict[int, float]:
+    def _believed_gains(self, place: Place) -> dict[int, float]:
         rates = {}
-        for arm in self._candidates(batch_size):
-            if self._cost.is_known(arm, bucket, batch_size):
-                seconds = self._cost.seconds(arm, bucket, batch_size)
-                rates[arm] = self._length(arm, bucket, level).mean / seconds
+        for arm in self._candidates(place.batch_size):
+            if self._cost.is_known(arm, place):
+                rates[arm] = self._length(arm, place).mean / self._cost.seconds(arm, place)
         return {arm: rate / rates[0] for arm, rate in rates.items()} if 0 in rates else {}
 
     @property
@@ -319,14 +333,15 @@ class ModelBased(Bandit):
         return super().state_dict() | {
             "acceptance": {kind: own.state_dict() for kind, own in self._acceptance.items()},
             "cost": self._cost.state_dict(),
-            "held": [[*place, arm] for place, arm in self._held.items()],
+            "held": [[*place, *held] for place, held in self._held.items()],
             "steps": {
                 "since_draw": self._steps_since_draw,
                 "since_change": self._steps_since_change,
                 "since_refresh": self._steps_since_refresh,
                 "refresh": self._refresh_steps,
-                "to_control": list(self._steps_to_control),
-                "to_probe": [dict(by_kind) for by_kind in self._steps_to_probe],
+                "in_bucket": list(self._num_steps),
+                "control_at": list(self._control_at),
+                "probe_at": [dict(by_kind) for by_kind in self._probe_at],
             },
         }
 
@@ -336,16 +351,17 @@ class ModelBased(Bandit):
         for kind, acceptance in self._acceptance.items():
             acceptance.load_state_dict(state["acceptance"][kind])
         self._cost.load_state_dict(state["cost"])
-        self._held = {(bucket, level): arm for bucket, level, arm in state["held"]}
-        if any(self.arms[arm] in self._excluded for arm in self._held.values()):
+        self._held = {(bucket, level): (arm, waits) for bucket, level, arm, waits in state["held"]}
+        if any(self.arms[arm] in self._excluded for arm, _ in self._held.values()):
             self._held.clear()
         steps = state["steps"]
         self._steps_since_draw = steps["since_draw"]
         self._steps_since_change = steps["since_change"]
         self._steps_since_refresh = steps["since_refresh"]
         self._refresh_steps = steps["refresh"]
-        self._steps_to_control = list(steps["to_control"])
-        self._steps_to_probe = [dict(by_kind) for by_kind in steps["to_probe"]]
+        self._num_steps = list(steps["in_bucket"])
+        self._control_at = list(steps["control_at"])
+        self._probe_at = [dict(by_kind) for by_kind in steps["probe_at"]]
 
 
 def _reach(option: _Option) -> float:

@@ -68,7 +68,8 @@ def test_two_ranks_hold_the_same_model_learned_from_both(tmp_path: Path) -> None
     ]
     assert by_bucket == [min(steps, 3 * 30) for steps in steps_by_bucket]
     # One row: enough controls were seen of both ranks, so that the next is far off.
-    assert 150 < bandit["steps"]["to_control"][0] <= 200
+    steps = bandit["steps"]
+    assert 150 < steps["control_at"][0] - steps["in_bucket"][0] <= 200
 
 
 def test_steps_of_ranks_are_learned_in_turns() -> None:

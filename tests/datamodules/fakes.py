@@ -45,7 +45,7 @@ class AlwaysOff:
 
     def exclude(self, strategies: Collection[DraftStrategy]) -> None: ...
 
-    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+    def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
         return ()
 
     def record_cost(self, query: CostQuery, seconds: float) -> None: ...

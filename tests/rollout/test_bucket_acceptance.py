@@ -67,7 +67,7 @@ def test_rollouts_that_end_with_hard_rows_keep_their_strategy_while_the_batch_is
     """The bandit's choice at the start of the next rollout."""
     easy, hard = World(0.85), World(0.1)
     bandit = ModelBased(["8_1_9"])
-    for query in bandit.cost_queries(8):
+    for query in bandit.cost_queries(8, 200):
         bandit.record_cost(query, easy.cost(query.strategy, query.batch_size))
     assert easy.rate(DEEP, 8) > 1.2 * easy.rate(OFF, 8)
     shares = []

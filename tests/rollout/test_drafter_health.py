@@ -123,4 +123,4 @@ def test_a_watched_selector_decides_and_learns_as_its_own():
     learned = [arm for arm in plain.arms if not arm.is_off]
     watched.exclude(learned)
     assert all(watched.select(4, 9).is_off for _ in range(20))
-    assert list(watched.cost_queries(8)) == list(plain.cost_queries(8))
+    assert list(watched.cost_queries(8, 200)) == list(plain.cost_queries(8, 200))

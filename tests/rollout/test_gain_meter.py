@@ -12,8 +12,9 @@ import pytest
 from fastrl.rollout.bandit import Bandit, EpsilonGreedy
 from fastrl.rollout.gain_meter import GainMeter
 from fastrl.rollout.model_bandit import ModelBased
+from fastrl.rollout.place import Place
 from fastrl.types import OFF, DraftStrategy, StepStats
-from tests.rollout.worlds import World, play
+from tests.rollout.worlds import World, at, play
 
 ARMS = ["4_1_5", "6_2_12"]
 TREES = [DraftStrategy.parse(arm) for arm in ARMS]
@@ -21,7 +22,7 @@ TREES = [DraftStrategy.parse(arm) for arm in ARMS]
 
 def profiled(world: World) -> ModelBased:
     bandit = ModelBased(ARMS)
-    for query in bandit.cost_queries(128):
+    for query in bandit.cost_queries(128, 200):
         bandit.record_cost(query, world.cost(query.strategy, query.batch_size))
     return bandit
 
@@ -50,7 +51,7 @@ def test_gains_are_as_recomputed_from_the_list_of_steps() -> None:
         arm = 0 if rng.random() < 0.3 else rng.choice((1, 1, 1, 2))
         rows, usual = rng.choice((16, 16, 17, 30)), rng.random() + 0.1
         tokens, seconds = rng.randint(rows, 5 * rows), usual * rng.choice((0.9, 1.1, 40.0))
-        meter.add(bucket, arm, rows, tokens, seconds, usual)
+        meter.add(at(bucket, rows), arm, tokens, seconds, usual)
         steps.append((bucket, arm, rows, tokens, seconds, usual))
     needed, spent = {}, {}
     for bucket, arm in itertools.product(range(2), range(3)):
@@ -75,7 +76,8 @@ def test_gains_are_as_recomputed_from_the_list_of_steps() -> None:
         assert meter.arm_gains(bucket)[arm] == pytest.approx(gain)
     for bucket in (0, 1):
         in_bucket = [step for step in steps if step[0] == bucket]
-        assert meter.batch_size(bucket) == round(statistics.fmean(step[2] for step in in_bucket))
+        mean_rows = statistics.fmean(step[2] for step in in_bucket)
+        assert meter.mean_place(bucket, 2) == Place(bucket, 2, round(mean_rows), 100)
         rate = sum(step[3] for step in in_bucket) / sum(step[4] for step in in_bucket)
         assert meter.tokens_per_second(bucket) == pytest.approx(rate)
         bucket_spent = sum(spent[bucket, arm] for arm in range(3))
@@ -89,10 +91,10 @@ def test_while_pairs_are_few_nothing_is_said() -> None:
     meter = GainMeter(1, 2)
     assert meter.gain([0]) is None
     for arm, seconds in ((1, 9.0), (0, 1.0), (1, 9.0)):  # two pairs, of 1 to 9
-        meter.add(0, arm, 2, 6 if arm else 2, seconds, 9.0 if arm else 1.0)
+        meter.add(at(0, 2), arm, 6 if arm else 2, seconds, 9.0 if arm else 1.0)
     assert meter.arm_gains(0) == {0: 1.0}
     assert meter.gain([0]) is None  # 18 of 19 seconds are not compared with any
-    meter.add(0, 0, 2, 2, 1.0, 1.0)
+    meter.add(at(0, 2), 0, 2, 1.0, 1.0)
     assert meter.arm_gains(0) == pytest.approx({0: 1.0, 1: 3 / 9})
     assert meter.gain([0]) == pytest.approx((2 * 1 + 18 * 3 / 9) / 20)
 
@@ -100,11 +102,11 @@ def test_while_pairs_are_few_nothing_is_said() -> None:
 def test_a_restored_meter_goes_on_as_the_saved_one() -> None:
     meter, restored = GainMeter(1, 2), GainMeter(1, 2)
     for step in range(50):
-        meter.add(0, step % 3 % 2, 1, 1 + step % 4, 1.0 + step % 5, 2.0)
+        meter.add(at(0, 1), step % 3 % 2, 1 + step % 4, 1.0 + step % 5, 2.0)
     restored.load_state_dict(meter.state_dict())
     for either in (meter, restored):
-        either.add(0, 0, 1, 1, 7.0, 2.0)
-        either.add(0, 1, 1, 3, 2.0, None)
+        either.add(at(0, 1), 0, 1, 7.0, 2.0)
+        either.add(at(0, 1), 1, 3, 2.0, None)
     assert restored.state_dict() == meter.state_dict()
     assert restored.gain([0]) == meter.gain([0])
 
@@ -112,7 +114,7 @@ def test_a_restored_meter_goes_on_as_the_saved_one() -> None:
 def test_what_was_expected_and_what_was_lost_weigh_arms_by_their_seconds() -> None:
     meter = GainMeter(1, 3)
     for arm, seconds in ((0, 1.0), (1, 2.0), (1, 1.0), (2, 4.0)):
-        meter.add(0, arm, 1, 1, seconds, seconds)
+        meter.add(at(0, 1), arm, 1, seconds, seconds)
     gains = {0: 1.0, 1: 1.5, 2: 2.0}
     assert meter.expected_gain(0, {0: gains}) == pytest.approx((1 + 3 * 1.5 + 4 * 2) / 8)
     assert meter.expected_gain(0, {0: {2: 2.0}}) == 2
@@ -206,7 +208,7 @@ def test_n_gram_arms_that_often_draft_nothing_are_valued_rightly(
     for seed in range(4):
         world = SparseDrafts(first, seed=seed)
         bandit = ModelBased(arms)
-        for query in bandit.cost_queries(64):
+        for query in bandit.cost_queries(64, 200):
             bandit.record_cost(query, world.cost(query.strategy, query.batch_size))
         play(bandit, world, [batch_size] * 300)
         bandit.start_period()
@@ -243,7 +245,7 @@ def test_off_is_run_now_and_then_though_it_is_slower_and_a_wrong_profile_of_it_f
     """Plain steps take three times what the profile says."""
     world = World(0.85)
     bandit = ModelBased(ARMS)
-    for query in bandit.cost_queries(128):
+    for query in bandit.cost_queries(128, 200):
         wrong = 1 / 3 if query.strategy.is_off else 1
         bandit.record_cost(query, wrong * world.cost(query.strategy, query.batch_size))
     for _ in range(3):

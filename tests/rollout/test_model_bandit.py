@@ -6,6 +6,7 @@ import pytest
 
 from fastrl.rollout.engine import CostQuery
 from fastrl.rollout.model_bandit import ModelBased
+from fastrl.rollout.place import Place
 from fastrl.types import OFF, DraftStrategy
 from tests.rollout.worlds import World, play
 
@@ -17,7 +18,7 @@ BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
 def profiled(world: World, *, factor: float = 1.0, only_trees: bool = False) -> ModelBased:
     """A bandit whose cost queries were answered, rightly or by a factor off."""
     bandit = ModelBased(ARMS)
-    for query in bandit.cost_queries(128):
+    for query in bandit.cost_queries(128, 200):
         wrong = factor if not only_trees or not query.strategy.is_off else 1.0
         bandit.record_cost(query, wrong * world.cost(query.strategy, query.batch_size))
     return bandit
@@ -163,13 +164,56 @@ def test_a_resumed_bandit_decides_as_the_one_that_was_saved():
 
 def test_costs_are_asked_once_and_only_where_arms_may_run():
     bandit = ModelBased(["4_1_5", "8_4_48"])
-    queries = bandit.cost_queries(64)
+    queries = bandit.cost_queries(64, 200)
     assert {q.batch_size for q in queries if q.strategy.is_off} == {1, 4, 16, 64}
     assert {q.batch_size for q in queries if str(q.strategy) == "8_4_48"} == {1, 4, 16}
     for query in queries:
         bandit.record_cost(query, 1.0)
-    assert not bandit.cost_queries(64)
-    assert {q.batch_size for q in bandit.cost_queries(256)} == {256}
+    assert not bandit.cost_queries(64, 200)
+    assert {q.batch_size for q in bandit.cost_queries(256, 200)} == {256}
+
+
+def test_costs_are_asked_in_long_contexts_too_at_few_rows():
+    bandit = ModelBased(["4_1_5"])
+    queries = bandit.cost_queries(64, 2000)
+    places = {(q.batch_size, q.context_tokens) for q in queries}
+    assert places == {(1, 128), (4, 128), (16, 128), (64, 128), (1, 2000), (16, 2000)}
+    for query in queries:
+        bandit.record_cost(query, 1.0)
+    assert not bandit.cost_queries(64, 4000)
+    beyond = {(q.batch_size, q.context_tokens) for q in bandit.cost_queries(64, 32_000)}
+    assert beyond == {(1, 32_000)}  # of more rows, more tokens than a cache may hold
+
+
+class _AttentiveWorld(World):
+    """Each token verified reads the whole context, so that drafting pays in short ones only."""
+
+    context_tokens = 100
+
+    def cost(self, strategy, batch_size):
+        nodes_tokens = batch_size * strategy.verify_tokens * self.context_tokens
+        return super().cost(strategy, batch_size) + 2e-6 * nodes_tokens
+
+
+def test_what_a_long_context_costs_is_known_before_any_step_in_one():
+    world = _AttentiveWorld(0.6, noise=0.0)
+    bandit = ModelBased(ARMS)
+    for query in bandit.cost_queries(4, 4000):
+        world.context_tokens = query.context_tokens
+        bandit.record_cost(query, world.cost(query.strategy, query.batch_size))
+    world.context_tokens = 100
+    play(bandit, world, [4] * 600)  # in contexts of 100 tokens
+    bandit.start_period()
+    world.context_tokens = 4000
+    step = dataclasses.replace(world.step(OFF, 4), context_tokens=4000)
+    bandit.record(step)
+    believed = bandit.report().buckets["2-4"].believed_gains
+    off_rate = world.rate(OFF, 4)
+    for strategy in STRATEGIES:
+        assert believed[str(strategy)] == pytest.approx(world.rate(strategy, 4) / off_rate, rel=0.1)
+    assert max(believed.values()) == 1  # while at 100 tokens, drafting pays:
+    world.context_tokens = 100
+    assert best_ratio(world, 4) > 1.1
 
 
 def test_believed_gains_are_relative_to_off():
@@ -227,7 +271,7 @@ def test_a_drafter_that_was_not_replaced_is_not_tried_anew_for_every_new_policy(
 
 
 def test_a_cost_query_names_the_step():
-    query = ModelBased(ARMS).cost_queries(1)[0]
+    query = ModelBased(ARMS).cost_queries(1, 200)[0]
     assert query == CostQuery(strategy=OFF, batch_size=1, context_tokens=query.context_tokens)
 
 
@@ -246,7 +290,7 @@ def test_a_strategy_that_ran_in_bad_times_only_is_tried_again():
 
 def test_a_profile_of_one_batch_size_is_known_there():
     bandit = ModelBased(["4_1_5"])
-    for query in bandit.cost_queries(1):
+    for query in bandit.cost_queries(1, 200):
         bandit.record_cost(query, 1.0)
-    assert bandit._usual_seconds(1, 0, 1) == 1.0
-    assert bandit._usual_seconds(1, 1, 2) is None
+    assert bandit._usual_seconds(1, Place(0, 0, 1, 100)) == 1.0
+    assert bandit._usual_seconds(1, Place(1, 0, 2, 100)) is None

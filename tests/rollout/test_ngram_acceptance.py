@@ -112,7 +112,7 @@ def test_steps_that_contradict_a_bucket_s_estimate_begin_another():
 
 def profiled(world: World) -> ModelBased:
     bandit = ModelBased(ARMS)
-    for query in bandit.cost_queries(16):
+    for query in bandit.cost_queries(16, 200):
         bandit.record_cost(query, world.cost(query.strategy, query.batch_size))
     return bandit
 

@@ -8,9 +8,15 @@ import random
 from collections.abc import Iterable
 
 from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.place import Place
 from fastrl.types import OFF, DraftStrategy, StepStats
 
 Levels = list[list[float]]
+
+
+def at(bucket: int, batch_size: int, context_tokens: int = 100) -> Place:
+    """A place at level 0."""
+    return Place(bucket, 0, batch_size, context_tokens)
 
 
 class World:

@@ -74,7 +74,7 @@ class SimulatedEngine:
         self._take("silent", weights)
 
     def generate(self, prompts, sampling, *, num_samples, seed):
-        for query in self.strategy_selector.cost_queries(4):
+        for query in self.strategy_selector.cost_queries(4, 200):
             cost = self.world.cost(query.strategy, query.batch_size)
             self.strategy_selector.record_cost(query, cost)
         for _ in range(self.num_steps):

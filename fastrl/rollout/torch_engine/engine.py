@@ -33,7 +33,7 @@ from fastrl.rollout.torch_engine.drafting import EagleDrafting
 from fastrl.rollout.torch_engine.generation import Generation
 from fastrl.rollout.torch_engine.kv_cache import KVCache
 from fastrl.rollout.torch_engine.ngram_drafting import NgramDrafting
-from fastrl.rollout.torch_engine.profiling import step_seconds
+from fastrl.rollout.torch_engine.profiling import cut_to, step_seconds
 from fastrl.rollout.torch_engine.requests import EndOfResponse
 from fastrl.rollout.torch_engine.rows import Request
 from fastrl.rollout.torch_engine.target import TargetModel
@@ -214,7 +214,8 @@ class TorchEngine:
             raise ValueError("the engine has no weights: call load_policy before generate")
         for prompt in prompts:
             _check_prompt(prompt, loaded.target.max_context)
-        self._answer_cost_queries(loaded)
+        longest_prompt = max((len(prompt.tokens) for prompt in prompts), default=0)
+        self._answer_cost_queries(loaded, longest_prompt + sampling.max_tokens)
         if self._health.failure is not None:  # whichever selector is set by now
             self._exclude_learned()
         generation = self._generation(
@@ -258,8 +259,9 @@ class TorchEngine:
             return_hidden_states=return_hidden_states,
         )
 
-    def _answer_cost_queries(self, loaded: _Loaded) -> None:
+    def _answer_cost_queries(self, loaded: _Loaded, max_context: int) -> None:
         """Time what the selector asks for; one that has been answered asks for nothing more."""
+        model_context = loaded.target.max_context
 
         def run(
             selector: StrategySelector, prompt: Prompt, num_samples: int, sampling: SamplingParams
@@ -269,13 +271,12 @@ class TorchEngine:
             ngram_drafting = NgramDrafting(ResponseStore(), has_full_trees=True)
             self._generation(loaded, selector, ngram_drafting, sampling).run(requests)
 
-        for query in self.strategy_selector.cost_queries(self._max_batch_size):
-            seconds = step_seconds(
-                query,
-                vocab_size=loaded.target.config.vocab_size,
-                max_context=loaded.target.max_context,
-                run=run,
-            )
+        queries = self.strategy_selector.cost_queries(
+            self._max_batch_size, min(max_context, model_context)
+        )
+        for asked in queries:
+            query = cut_to(model_context, asked)
+            seconds = step_seconds(query, vocab_size=loaded.target.config.vocab_size, run=run)
             self.strategy_selector.record_cost(query, seconds)
 
     def _check_strategy(self, strategy: DraftStrategy) -> None:

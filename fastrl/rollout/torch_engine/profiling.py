@@ -8,6 +8,7 @@ such rows accept means nothing, and is not reported. Leaves out prefills.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable, Collection, Sequence
 
@@ -44,39 +45,48 @@ class _Stopwatch:
 
     def exclude(self, strategies: Collection[DraftStrategy]) -> None: ...
 
-    def cost_queries(self, max_batch_size: int) -> Sequence[CostQuery]:
+    def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
         return ()
 
     def record_cost(self, query: CostQuery, seconds: float) -> None: ...
 
 
-def step_seconds(query: CostQuery, *, vocab_size: int, max_context: int, run: Run) -> float:
+def _num_tokens(strategy: DraftStrategy) -> int:
+    """Room for a response: rows must not end before the last timed step, however much of their
+    drafts is accepted."""
+    return 2 + (_WARM_UP_STEPS + _TIMED_STEPS) * (strategy.depth + 1)
+
+
+def cut_to(max_context: int, query: CostQuery) -> CostQuery:
+    """The query with a context that leaves room for the steps in the model's, in tokens."""
+    most = max(max_context - _num_tokens(query.strategy), 1)
+    return dataclasses.replace(query, context_tokens=min(query.context_tokens, most))
+
+
+def step_seconds(query: CostQuery, *, vocab_size: int, run: Run) -> float:
     """Usual seconds of a decode step: the second smallest of five, since only more can go wrong.
 
     Args:
-        query: a context too long for the model is cut to what leaves room for the steps.
+        query: whose context leaves room for the steps (`cut_to`).
         vocab_size: tokens to draw the context from.
-        max_context: of the model, in tokens.
         run: the engine's own generation.
+
+    Raises ValueError where the model's context has no room for a step to be timed.
     """
-    # Rows must not end before the last timed step, however much of their drafts is accepted.
-    num_steps = _WARM_UP_STEPS + _TIMED_STEPS
-    num_tokens = 2 + num_steps * (query.strategy.depth + 1)
-    num_context = max(1, min(query.context_tokens, max_context - num_tokens))
     rng = random.Random(0)
-    tokens = tuple(rng.randrange(vocab_size) for _ in range(num_context))
+    tokens = tuple(rng.randrange(vocab_size) for _ in range(query.context_tokens))
     stopwatch = _Stopwatch(query.strategy)
     with contextlib.suppress(_EnoughStepsError):
         run(
             stopwatch,
             Prompt(prompt_id=0, tokens=tokens, text="", answer=""),
             query.batch_size,
-            SamplingParams(max_tokens=num_tokens, ignore_eos=True),
+            SamplingParams(max_tokens=_num_tokens(query.strategy), ignore_eos=True),
         )
     timed = stopwatch.seconds[_WARM_UP_STEPS:]
     if not timed:
         raise ValueError(
-            f"a decode step of {query.strategy} cannot be timed in the model's context of "
-            f"{max_context} tokens; leave the strategy out"
+            f"a decode step of {query.strategy} cannot be timed in the model's context; leave the "
+            "strategy out"
         )
     return sorted(timed)[:2][-1]

@@ -276,7 +276,7 @@ def test_profiled_n_gram_steps_verify_full_trees_and_leave_nothing_behind(bare_e
         asked = False
         costs: list[float] = []  # noqa: RUF012
 
-        def cost_queries(self, max_batch_size):
+        def cost_queries(self, max_batch_size, max_context):
             asked, self.asked = self.asked, True
             return [] if asked else [
                 CostQuery(strategy=strategy, batch_size=4, context_tokens=20)

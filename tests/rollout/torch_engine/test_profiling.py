@@ -15,11 +15,11 @@ class Asking(CyclingSelector):
         super().__init__(["off"])
         self.strategies.append(TREE)
         self.costs: dict[CostQuery, float] = {}
-        self.max_batch_size = 0
+        self.asked_for = (0, 0)
 
-    def cost_queries(self, max_batch_size: int) -> list[CostQuery]:
+    def cost_queries(self, max_batch_size: int, max_context: int) -> list[CostQuery]:
         assert not self.recorded  # before any rollout
-        self.max_batch_size = max_batch_size
+        self.asked_for = (max_batch_size, max_context)
         return [
             CostQuery(strategy=strategy, batch_size=batch_size, context_tokens=context_tokens)
             for strategy, batch_size, context_tokens in ((OFF, 1, 5), (TREE, 6, 10_000))
@@ -33,10 +33,14 @@ def test_costs_are_measured_before_the_first_rollout(engine):
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)
     expected = [r.tokens for r in engine.generate(make_prompts(2), sampling)]
     selector = engine.strategy_selector = Asking()
-    rollouts = engine.generate(make_prompts(2), sampling)
-    assert selector.max_batch_size == 6
-    off, tree = selector.costs.values()
+    prompts = make_prompts(2)
+    rollouts = engine.generate(prompts, sampling)
+    assert selector.asked_for == (6, max(len(prompt.tokens) for prompt in prompts) + 5)
+    (first, off), (second, tree) = selector.costs.items()
     assert 0 < off < tree
+    # A context that the model cannot hold was cut to what leaves room for the steps.
+    assert first.context_tokens == 5
+    assert 10 < second.context_tokens <= 128 - 6 * 4
     # Profiling leaves no trace in rollouts, statistics or what the selector records.
     assert [r.tokens for r in rollouts] == expected
     assert engine.stats().num_rollouts == 2
