@@ -295,8 +295,8 @@ class Subject:
                 responses = {arm: self.generate(arms[arm], seed) for arm in order}
                 recorder.check_swapped()
                 check_tokens(responses["adaptive"], responses["off"], f"{scenario}, {phase}")
-                if scenario == "in_run":
-                    bandit.discount(KEEP)
+                if scenario == "in_run":  # the policy changed, no drafter was published
+                    bandit.discount(KEEP, drafter_changed=False)
         return Round(
             steps=recorder.steps,
             off_steps=off_steps,

@@ -61,7 +61,11 @@ class Bench:
     ckpt: str | None = None
     """Checkpoint of a run, whose policy and co-trained drafter take the folders' places."""
     arms: list[str] = field(
-        default_factory=lambda: [OFF, "2_1_3", "4_1_5", "6_1_7", "6_2_12", ADAPTIVE]
+        default_factory=lambda: [
+            OFF,
+            *("2_1_3", "4_1_5", "6_1_7", "8_1_9", "6_2_12", "ngram_4_1_5", "ngram_8_1_9"),
+            ADAPTIVE,
+        ]
     )
     """`off`, strategies, `adaptive`, and `hf_generate`, `hf_continuous`, `hf_assisted`
     (transformers' generate, continuous batching, and prompt-lookup assisted generation)."""

@@ -124,6 +124,7 @@ class StrategyAdaptation(Callback):
             self.bandit.replay(entry)
 
     def _remember_shared(self) -> None:
+        self.bandit.learn()  # what waits in a restored one, so that it is learned once
         self._shared_state = self.bandit.state_dict()
         self.bandit.journal = []
 
@@ -185,7 +186,8 @@ def restored_report(plain: Mapping[str, Any]) -> BanditReport:
 def report_scalars(report: BanditReport) -> dict[str, float]:
     """`bandit/` figures: the step's choices, what they gained, by bucket what it is believed of.
 
-    `best_verify_tokens` names the best arm by its tree size; 1 is plain decoding.
+    `best_verify_tokens` names the best arm by its tree size, 1 is plain decoding; `best_is_ngram`
+    tells by 1 or 0 who drafts it.
     `bandit_shares/` holds the choices of each bucket apart.
     """
     scalars = {
@@ -206,6 +208,7 @@ def report_scalars(report: BanditReport) -> dict[str, float]:
             scalars[f"bandit/predicted_gain_batch_{name}"] = bucket.predicted_gain
         if bucket.best is not None:
             scalars[f"bandit/best_verify_tokens_batch_{name}"] = float(bucket.best.verify_tokens)
+            scalars[f"bandit/best_is_ngram_batch_{name}"] = float(bucket.best.drafter == "ngram")
         for strategy, share in bucket.arm_shares.items():
             scalars[f"bandit_shares/batch_{name}/{strategy}"] = share
     return scalars

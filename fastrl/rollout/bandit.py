@@ -285,6 +285,8 @@ class UCB1(WindowBandit):
 class Predefined(WindowBandit):
     """`predefined`: the strategy a schedule names for the live batch; steps only serve reports.
 
+    While that one is excluded, plain decoding stands in.
+
     Args:
         schedule: Smallest live batch -> strategy, from batch 1 on, such as {1: '8_4_48', 5:
             '8_4_16', 33: 'off'}; each holds up to the next one's batch.
@@ -299,7 +301,8 @@ class Predefined(WindowBandit):
         self._arm_of_bucket = [self._arm_index[strategy] for strategy in named]
 
     def _decide(self, place: Place) -> tuple[int, bool]:
-        return self._arm_of_bucket[place.bucket], False
+        arm = self._arm_of_bucket[place.bucket]
+        return 0 if self.arms[arm] in self._excluded else arm, False
 
     def _choose(self, bucket: int, candidates: list[int]) -> tuple[int, bool]:
         return self._arm_of_bucket[bucket], False

@@ -170,11 +170,11 @@ class Bandit(ABC):
         if self.journal is not None:
             self.journal.append(stats)
         if not self._can_wait or len(self._waiting) >= MOST_WAITING_STEPS:
-            self._learn()
+            self.learn()
         self._can_wait = False
 
-    def _learn(self) -> None:
-        """From the steps that wait."""
+    def learn(self) -> None:
+        """Learn from the steps that wait, if there are any."""
         for stats in self._waiting:
             place, arm = self._place_of(stats), self._arm_index[stats.strategy]
             self._measure(place, arm, stats)
@@ -191,7 +191,7 @@ class Bandit(ABC):
     def replay(self, entry: StepStats | MeasuredCost) -> None:
         """Learn from an entry of a journal, another rank's or one's own, without measuring gains:
         steps of several ranks in turns have no neighbours."""
-        self._learn()
+        self.learn()
         if isinstance(entry, StepStats):
             self._observe(self._place_of(entry), self._arm_index[entry.strategy], entry)
         else:
@@ -223,7 +223,7 @@ class Bandit(ABC):
     def start_period(self) -> None:
         """Count decisions and gains from here on; the regret so far is settled by what is believed
         now."""
-        self._learn()
+        self.learn()
         self._past_regret_s += self._lost_seconds(self._believed_by_place())
         self._meter.start_period()
         self._clear_period()
@@ -261,7 +261,7 @@ class Bandit(ABC):
 
     def report(self) -> BanditReport:
         """This period's decisions and gains, and the present beliefs, for logging."""
-        self._learn()
+        self.learn()
         by_arm = [sum(counts) for counts in zip(*self._period_choices, strict=True)]
         believed = self._believed_by_place()
         lost_seconds = self._lost_seconds(believed)

@@ -56,9 +56,13 @@ class CostModel:
         ]
         self._medians: list[list[float | None]] = [[None] * num_buckets for _ in range(num_arms)]
 
-    def covers(self, arm: int, batch_size: int, context_tokens: int) -> bool:
+    def covers_batch(self, arm: int, batch_size: int) -> bool:
         """Whether the profile reaches so far."""
-        return self._profiles[arm].covers(batch_size, context_tokens)
+        return self._profiles[arm].covers_batch(batch_size)
+
+    def covers_context(self, arm: int, context_tokens: int) -> bool:
+        """Whether the profile tells of such a context: it has one at least half as long."""
+        return self._profiles[arm].covers_context(context_tokens)
 
     def add_profile(self, arm: int, batch_size: int, context_tokens: int, seconds: float) -> None:
         """A point of the profile."""

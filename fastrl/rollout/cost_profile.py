@@ -1,11 +1,12 @@
 """A strategy's profiled step times, between and beyond the points that were measured.
 
 At the shortest context measured, seconds are a curve over batch sizes: linear between its points,
-level before the first, as steep as the last two after the last. Other contexts, at some of these
-batch sizes, tell by what share a step grows with each token of context: linear in the context,
-level before the shortest, and never less for more, since attention reads all of it. The share is
-linear between batch sizes too, and level outside those measured: what noise there is in it would
-else grow with the batch. Leaves out what steps then take (cost_model.py).
+level before the first, as steep as the last two after the last. At some batch sizes a longer
+context, the longest measured there and at least twice as long, tells by what share a step grows
+with each token: linear in the context, level before the shortest, and never less for more, since
+attention reads all of it. The share is linear between batch sizes too, and level outside those
+measured: what noise there is in it would else grow with the batch. Leaves out what steps then take
+(cost_model.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
+
+_LONG = 2
+"""Times the shortest context, from which on one is long: nearer ones tell noise."""
 
 Point = tuple[int, float]
 """A batch size, and what was measured there."""
@@ -46,12 +50,13 @@ class CostProfile:
         growth = self._growth(batch_size) * max(context_tokens - self._base_context, 0)
         self.add(batch_size, self._base_context, seconds / (1 + growth))
 
-    def covers(self, batch_size: int, context_tokens: int) -> bool:
-        """Whether it tells of such steps: up to the largest batch, and twice the longest context,
-        measured."""
-        if not self._seconds or context_tokens > 2 * max(self._seconds):
-            return False
-        return batch_size <= max(self._seconds[self._base_context])
+    def covers_batch(self, batch_size: int) -> bool:
+        """Whether so large a batch was measured, or a larger one."""
+        return bool(self._seconds) and batch_size <= max(self._seconds[self._base_context])
+
+    def covers_context(self, context_tokens: int) -> bool:
+        """Whether a context was measured that is at least half as long."""
+        return 2 * max(self._seconds, default=0) >= context_tokens
 
     def tells(self, batch_size: int) -> bool:
         """Whether a step's time can be told: up to twice the largest batch measured, or, from a
@@ -73,17 +78,18 @@ class CostProfile:
         return base * (1 + growth * (context_tokens - self._base_context))
 
     def _growth(self, batch_size: int) -> float:
-        """Share of a step's seconds, that each further token of context adds."""
-        longest = max(self._seconds)
-        if longest == self._base_context:
-            return 0.0
+        """Share of a step's seconds that each further token of context adds."""
         base = sorted(self._seconds[self._base_context].items())
-        shares = sorted(
-            (size, max(seconds / _on_curve(base, size) - 1, 0.0))
-            for size, seconds in self._seconds[longest].items()
-        )
-        size = min(max(batch_size, shares[0][0]), shares[-1][0])
-        return _on_curve(shares, size, rises=False) / (longest - self._base_context)
+        shares: dict[int, float] = {}
+        for context in sorted(self._seconds):
+            if context >= _LONG * self._base_context:
+                for size, seconds in self._seconds[context].items():
+                    added = max(seconds / _on_curve(base, size) - 1, 0.0)
+                    shares[size] = added / (context - self._base_context)
+        if not shares:
+            return 0.0
+        size = min(max(batch_size, min(shares)), max(shares))
+        return _on_curve(sorted(shares.items()), size, rises=False)
 
     def state_dict(self) -> list[list[Any]]:
         """All points: batch size, context, seconds."""

@@ -2,7 +2,7 @@
 
 The gain of an arm is the tokens that its steps yield a row, times the seconds that a step of `off`
 takes in units of its own. The latter are told from pairs: steps of the two that followed one
-another at the same batch size, give or take an eighth, and so at nearly the same context and load
+another at the same batch size and context, give or take an eighth, and so at nearly the same load
 of the machine; bandits run a control step of `off` now and then to have such pairs. So neither
 acceptance lengths, nor other times, nor the machine's hiccups pose as a gain. Gains of several arms
 or buckets are means over the seconds spent on those that have pairs; nothing is said where these
@@ -26,6 +26,8 @@ from fastrl.rollout.place import Place
 _MOST_PAIRS = 31
 """Newest pairs of an arm in a bucket that count."""
 _FEWEST_PAIRS = 3
+_NEAR_CONTEXT = 64
+"""Tokens, besides an eighth, that the contexts of a pair may lie apart."""
 _FARTHEST = 3.0
 """Times and ratios count as this often the median, or one over this, at most: a hiccup would else
 decide a short period."""
@@ -112,8 +114,12 @@ class GainMeter:
         if last is None or (last.arm == 0) == (step.arm == 0):
             return
         place, its = step.place, last.place
-        if place.bucket != its.bucket or 8 * abs(its.batch_size - place.batch_size) > (
-            place.batch_size
+        if place.bucket != its.bucket:
+            return
+        if 8 * abs(its.batch_size - place.batch_size) > place.batch_size:
+            return
+        if abs(its.context_tokens - place.context_tokens) > _NEAR_CONTEXT + (
+            place.context_tokens // 8
         ):
             return
         off, other = (last, step) if last.arm == 0 else (step, last)

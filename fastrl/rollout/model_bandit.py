@@ -56,9 +56,11 @@ _STEP_KEEP = 0.999
 are tried again."""
 _SHORT_CONTEXT = 128
 """Context in which arms are profiled at all batch sizes."""
-_LONG_CONTEXT_ROWS, _MOST_LONG_CONTEXT_TOKENS = 16, 1 << 16
-"""Largest batch that is profiled in the longest context too; of more than one row, not beyond so
-many tokens in all, which the cache has to hold."""
+_LEAST_LONG_CONTEXT, _MOST_LONG_CONTEXT = 1024, 4096
+"""Rollouts that grow longer than the former have their arms profiled in a second context: the
+longest, up to the latter. What less adds to a step drowns in the noise of its time."""
+_LONG_CONTEXT_ROWS = (1, 16)
+"""Batch sizes there."""
 _CONTROL_STEPS = 200
 """Decisions in a bucket, one of which at least is for `off`."""
 _FIRST_CONTROL_STEPS = 5
@@ -127,21 +129,26 @@ class ModelBased(Bandit):
     # -- costs ------------------------------------------------------------------------------------
 
     def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
-        """Every arm at 1, 4, 16, … rows, up to the most there may be, and at few rows in the
-        longest context; none twice."""
+        """Every arm at 1, 4, 16, … rows, up to the most there may be, and at few rows in a long
+        context, where there will be any; none twice."""
         sizes = [4**power for power in range(10) if 4**power < max_batch_size]
-        short = min(_SHORT_CONTEXT, max_context)
-        shapes = [(size, short) for size in (*sizes, max_batch_size)]
-        if max_context >= 2 * short:
-            for size in sorted({1, min(_LONG_CONTEXT_ROWS, max_batch_size)}):
-                if size == 1 or size * max_context <= _MOST_LONG_CONTEXT_TOKENS:
-                    shapes.append((size, max_context))
-        return [
-            CostQuery(strategy=arm, batch_size=size, context_tokens=context)
-            for index, arm in enumerate(self.arms)
-            for size, context in shapes
-            if index in self._candidates(size) and not self._cost.covers(index, size, context)
-        ]
+        short, long = min(_SHORT_CONTEXT, max_context), min(_MOST_LONG_CONTEXT, max_context)
+        long_sizes = sorted({min(size, max_batch_size) for size in _LONG_CONTEXT_ROWS})
+        queries = []
+        for index, arm in enumerate(self.arms):
+            shapes = [
+                (size, short)
+                for size in (*sizes, max_batch_size)
+                if not self._cost.covers_batch(index, size)
+            ]
+            if long >= _LEAST_LONG_CONTEXT and not self._cost.covers_context(index, long):
+                shapes += [(size, long) for size in long_sizes]
+            queries += [
+                CostQuery(strategy=arm, batch_size=size, context_tokens=context)
+                for size, context in shapes
+                if index in self._candidates(size)
+            ]
+        return queries
 
     def record_cost(self, query: CostQuery, seconds: float) -> None:
         """A point of an arm's profile."""
@@ -201,7 +208,7 @@ class ModelBased(Bandit):
         return reference_level(referenced_rows, batch_size) if self._ngrams else 0
 
     def _choose(self, place: Place) -> tuple[int, bool]:
-        self._learn()
+        self.learn()
         candidates = self._candidates(place.batch_size)
         for arm in candidates:
             if not self._cost.is_known(arm, place):
@@ -302,7 +309,7 @@ class ModelBased(Bandit):
     def discount(self, keep: float, *, drafter_changed: bool = True) -> None:
         """Forget acceptance in part, after the policy or the drafter changed; times stay."""
         check_keep(keep)
-        self._learn()
+        self.learn()
         for acceptance in self._acceptance.values():
             if keep < 1:
                 acceptance.take_notice(keep, drafter_changed=drafter_changed)
@@ -323,7 +330,7 @@ class ModelBased(Bandit):
     @property
     def num_alarms(self) -> int:
         """Changes of a drafter that were noticed without notice."""
-        self._learn()
+        self.learn()
         return sum(acceptance.num_alarms for acceptance in self._acceptance.values())
 
     # -- state ------------------------------------------------------------------------------------

@@ -343,6 +343,7 @@ def test_report_s_scalars_are_named_by_strategy_and_bucket() -> None:
         "bandit/gain_batch_2-4": 1.5,
         "bandit/predicted_gain_batch_2-4": 1.4,
         "bandit/best_verify_tokens_batch_2-4": 8.0,
+        "bandit/best_is_ngram_batch_2-4": 0.0,
         "bandit_shares/batch_2-4/off": 0.75,
         "bandit_shares/batch_2-4/4_2_8": 0.25,
     }

@@ -347,6 +347,10 @@ def test_predefined_follows_its_schedule_alone() -> None:
     assert chosen[5] == chosen[20] == {"4_2_8"}
     assert chosen[21] == chosen[500] == {"off"}
     assert bandit.report().explore_share == 0
+    bandit.exclude([WIDE])
+    assert {key.split(":")[1] for key in play(bandit, engine, [1] * 5)} == {"off"}
+    bandit.exclude([])
+    assert {key.split(":")[1] for key in play(bandit, engine, [1] * 5)} == {"8_4_48"}
 
 
 def test_fixed_strategy_never_changes() -> None:

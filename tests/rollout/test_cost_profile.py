@@ -56,13 +56,26 @@ def test_a_step_beyond_the_points_becomes_one_as_of_the_shortest_context():
     assert empty.seconds(8, 900) == 7.0
 
 
+def test_contexts_that_differ_little_tell_nothing_of_growth():
+    profile = profile_of([(1, 100), (4, 100)])
+    profile.add(1, 110, 2 * law(1, 100))  # noise
+    assert profile.seconds(1, 1000) == law(1, 100)
+
+
+def test_each_batch_size_grows_by_its_own_longest_context():
+    profile = profile_of([(1, 128), (16, 128), (1, 1024), (16, 1024), (1, 4096)])
+    assert profile.seconds(1, 4096) == pytest.approx(law(1, 4096))
+    assert profile.seconds(16, 4096) == pytest.approx(law(16, 4096))
+
+
 def test_it_covers_its_largest_batch_and_twice_its_longest_context():
     profile = profile_of([(1, 128), (4, 128), (1, 1000)])
-    assert profile.covers(4, 128)
-    assert profile.covers(1, 2000)
-    assert not profile.covers(5, 128)
-    assert not profile.covers(1, 2001)
-    assert not CostProfile().covers(1, 1)
+    assert profile.covers_batch(4)
+    assert profile.covers_context(2000)
+    assert not profile.covers_batch(5)
+    assert not profile.covers_context(2001)
+    assert not CostProfile().covers_batch(1)
+    assert not CostProfile().covers_context(1)
 
 
 def test_a_restored_profile_tells_the_same():

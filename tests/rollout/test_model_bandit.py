@@ -174,15 +174,29 @@ def test_costs_are_asked_once_and_only_where_arms_may_run():
 
 
 def test_costs_are_asked_in_long_contexts_too_at_few_rows():
+    def places_asked(max_batch_size, max_context):
+        queries = bandit.cost_queries(max_batch_size, max_context)
+        return {(query.batch_size, query.context_tokens) for query in queries}
+
     bandit = ModelBased(["4_1_5"])
-    queries = bandit.cost_queries(64, 2000)
-    places = {(q.batch_size, q.context_tokens) for q in queries}
-    assert places == {(1, 128), (4, 128), (16, 128), (64, 128), (1, 2000), (16, 2000)}
-    for query in queries:
+    short = {(size, 128) for size in (1, 4, 16, 64)}
+    assert places_asked(64, 1000) == short
+    assert places_asked(64, 2000) == {*short, (1, 2000), (16, 2000)}
+    assert places_asked(1, 40_000) == {(1, 128), (1, 4096)}
+    assert places_asked(4, 60) == {(1, 60), (4, 60)}
+    for query in bandit.cost_queries(64, 1100):
         bandit.record_cost(query, 1.0)
-    assert not bandit.cost_queries(64, 4000)
-    beyond = {(q.batch_size, q.context_tokens) for q in bandit.cost_queries(64, 32_000)}
-    assert beyond == {(1, 32_000)}  # of more rows, more tokens than a cache may hold
+    assert not places_asked(64, 2000)
+    assert places_asked(64, 40_000) == {(1, 4096), (16, 4096)}
+
+
+def test_answers_for_contexts_that_were_cut_are_answers():
+    """A tiny model leaves little room beside the steps; nothing is asked twice for that."""
+    bandit = ModelBased(["16_1_17"])
+    for query in bandit.cost_queries(4, 120):
+        cut = dataclasses.replace(query, context_tokens=16)
+        bandit.record_cost(cut, 1.0)
+    assert not bandit.cost_queries(4, 120)
 
 
 class _AttentiveWorld(World):

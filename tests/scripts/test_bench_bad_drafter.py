@@ -100,10 +100,12 @@ class CountingBandit(ModelBased):
     """Counts notices."""
 
     notices = 0
+    publications = 0
 
-    def discount(self, keep: float) -> None:
+    def discount(self, keep: float, *, drafter_changed: bool = True) -> None:
         type(self).notices += 1
-        super().discount(keep)
+        type(self).publications += drafter_changed
+        super().discount(keep, drafter_changed=drafter_changed)
 
 
 def subject(engine: SimulatedEngine, **changes: object) -> Subject:
@@ -117,21 +119,22 @@ def subject(engine: SimulatedEngine, **changes: object) -> Subject:
 
 
 @pytest.mark.parametrize(
-    ("scenario", "how", "num_notices"),
-    [("silent", "silent", 0), ("in_run", "silent", 6), ("published", "published", 2)],
+    ("scenario", "how", "num_notices", "num_publications"),
+    [("silent", "silent", 0, 0), ("in_run", "silent", 6, 0), ("published", "published", 2, 2)],
 )
-def test_who_is_told_of_the_swaps(scenario, how, num_notices, monkeypatch):
+def test_who_is_told_of_the_swaps(scenario, how, num_notices, num_publications, monkeypatch):
     """Bad weights once, good ones again; the bandit only by what a run would say."""
     engine = SimulatedEngine()
     it = subject(engine, phase_calls=2)
     settled = it.settle(0)
     engine.told.clear()
     monkeypatch.setattr("bench_bad_drafter.ModelBased", CountingBandit)
-    CountingBandit.notices = 0
+    CountingBandit.notices = CountingBandit.publications = 0
     settled["algorithm"] = "CountingBandit"
     it.play(settled, scenario, 0)
     assert engine.told == [("published", True), (how, False), (how, True)]
     assert CountingBandit.notices == num_notices
+    assert CountingBandit.publications == num_publications
 
 
 @pytest.mark.parametrize("scenario", ["silent", "in_run", "published"])

@@ -12,6 +12,7 @@ is; its filters are the target's business. Shape legend: fastrl/types.py.
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -74,6 +75,13 @@ class EagleDrafting:
         self._cache = self._new_cache(num_rows)
         self._lengths = [0] * num_rows  # pairs cached, by row
         self._last_hidden_BD = torch.zeros(0)  # after the last sampled tokens, of the last draft
+
+    def with_rows(self, num_rows: int) -> EagleDrafting:
+        """Another one of the same weights, for so many live rows of its own."""
+        other = copy.copy(self)
+        other._cache = self._new_cache(num_rows)
+        other._lengths = [0] * num_rows
+        return other
 
     def _new_cache(self, num_rows: int) -> KVCache:
         return KVCache(

@@ -51,6 +51,11 @@ class _Loaded:
     drafter: EagleDrafter | None
     drafting: EagleDrafting | None
 
+    def with_rows(self, num_rows: int) -> _Loaded:
+        """The same weights, and caches of their own for so many rows."""
+        drafting = None if self.drafting is None else self.drafting.with_rows(num_rows)
+        return dataclasses.replace(self, cache=self.target.new_cache(num_rows), drafting=drafting)
+
 
 class TorchEngine:
     """Rollouts from transformers' own modules, on a CPU or one GPU.
@@ -215,7 +220,7 @@ class TorchEngine:
         for prompt in prompts:
             _check_prompt(prompt, loaded.target.max_context)
         longest_prompt = max((len(prompt.tokens) for prompt in prompts), default=0)
-        self._answer_cost_queries(loaded, longest_prompt + sampling.max_tokens)
+        self._answer_cost_queries(loaded, longest_prompt + sampling.max_tokens, sampling)
         if self._health.failure is not None:  # whichever selector is set by now
             self._exclude_learned()
         generation = self._generation(
@@ -259,7 +264,9 @@ class TorchEngine:
             return_hidden_states=return_hidden_states,
         )
 
-    def _answer_cost_queries(self, loaded: _Loaded, max_context: int) -> None:
+    def _answer_cost_queries(
+        self, loaded: _Loaded, max_context: int, sampling: SamplingParams
+    ) -> None:
         """Time what the selector asks for; one that has been answered asks for nothing more."""
         model_context = loaded.target.max_context
 
@@ -269,14 +276,18 @@ class TorchEngine:
             requests = _requests([prompt], num_samples, seed=0, rl_step=0)
             # On random tokens n-grams find little: what their steps cost is what full trees cost.
             ngram_drafting = NgramDrafting(ResponseStore(), has_full_trees=True)
-            self._generation(loaded, selector, ngram_drafting, sampling).run(requests)
+            # A long context takes memory for its own rows alone, and gives it back.
+            scratch = loaded.with_rows(num_samples)
+            self._generation(scratch, selector, ngram_drafting, sampling).run(requests)
 
         queries = self.strategy_selector.cost_queries(
             self._max_batch_size, min(max_context, model_context)
         )
         for asked in queries:
             query = cut_to(model_context, asked)
-            seconds = step_seconds(query, vocab_size=loaded.target.config.vocab_size, run=run)
+            seconds = step_seconds(
+                query, vocab_size=loaded.target.config.vocab_size, sampling=sampling, run=run
+            )
             self.strategy_selector.record_cost(query, seconds)
 
     def _check_strategy(self, strategy: DraftStrategy) -> None:

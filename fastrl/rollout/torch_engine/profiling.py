@@ -63,12 +63,13 @@ def cut_to(max_context: int, query: CostQuery) -> CostQuery:
     return dataclasses.replace(query, context_tokens=min(query.context_tokens, most))
 
 
-def step_seconds(query: CostQuery, *, vocab_size: int, run: Run) -> float:
+def step_seconds(query: CostQuery, *, vocab_size: int, sampling: SamplingParams, run: Run) -> float:
     """Usual seconds of a decode step: the second smallest of five, since only more can go wrong.
 
     Args:
         query: whose context leaves room for the steps (`cut_to`).
         vocab_size: tokens to draw the context from.
+        sampling: of the rollouts to come; nothing ends the rows timed.
         run: the engine's own generation.
 
     Raises ValueError where the model's context has no room for a step to be timed.
@@ -81,7 +82,9 @@ def step_seconds(query: CostQuery, *, vocab_size: int, run: Run) -> float:
             stopwatch,
             Prompt(prompt_id=0, tokens=tokens, text="", answer=""),
             query.batch_size,
-            SamplingParams(max_tokens=_num_tokens(query.strategy), ignore_eos=True),
+            dataclasses.replace(
+                sampling, max_tokens=_num_tokens(query.strategy), stop=(), ignore_eos=True
+            ),
         )
     timed = stopwatch.seconds[_WARM_UP_STEPS:]
     if not timed:

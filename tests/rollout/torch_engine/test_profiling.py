@@ -41,7 +41,8 @@ def test_costs_are_measured_before_the_first_rollout(engine):
     # A context that the model cannot hold was cut to what leaves room for the steps.
     assert first.context_tokens == 5
     assert 10 < second.context_tokens <= 128 - 6 * 4
-    # Profiling leaves no trace in rollouts, statistics or what the selector records.
+    # Profiling leaves no trace in memory, rollouts, statistics or what the selector records.
+    assert engine._loaded.cache.num_columns < second.context_tokens
     assert [r.tokens for r in rollouts] == expected
     assert engine.stats().num_rollouts == 2
     assert len(selector.recorded) == engine.stats().num_steps
