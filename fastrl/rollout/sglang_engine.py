@@ -193,14 +193,11 @@ class SGLangEngine:
         drafter = None
         if not strategy.is_off and self.drafter_path is not None:
             drafter = EagleDrafter.from_pretrained(self.drafter_path, config)
+        server_args = self._all_server_args(model_path, strategy)
         with ExitStack() as on_failure:
             process = EngineProcess(self._new_log())
             on_failure.callback(process.end)
-            engine = process.call(
-                "start",
-                self._start_timeout_s,
-                server_args=self._all_server_args(model_path, strategy),
-            )
+            engine = process.call("start", self._start_timeout_s, server_args=server_args)
             running = _Running(
                 process=process,
                 engine=engine,
@@ -256,6 +253,13 @@ class SGLangEngine:
         running.has_drafter, self._drafter_version = False, -1
         running.drafter.publish(without_shared(named_tensors))
         running.has_drafter, self._drafter_version = True, version
+
+    @property
+    def process(self) -> EngineProcess | None:
+        """SGLang's processes; None before `start`, and after they have ended."""
+        if self._running is None or self._running.process.has_ended:
+            return None
+        return self._running.process
 
     def weight_checksums(self) -> list[dict[str, str]]:
         """Checksums of SGLang's weights by its own names (`draft.` before the drafter's), for each
