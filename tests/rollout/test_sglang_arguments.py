@@ -38,7 +38,7 @@ def test_a_strategy_without_its_drafter_is_refused():
 
 def test_a_bandit_is_refused_at_the_start(folders):
     engine = SGLangEngine(drafter_path=str(folders[1]))
-    engine.strategy_selector = EpsilonGreedy(strategies=["off", "4_2_8"])
+    engine.strategy_selector = EpsilonGreedy(strategies=["4_2_8"])
     with pytest.raises(ValueError, match="EpsilonGreedy cannot choose strategies of stock SGLang"):
         engine.start(str(folders[0]))
 

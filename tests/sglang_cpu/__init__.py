@@ -2,7 +2,7 @@
 
 `site/` goes on the PYTHONPATH of the engine's processes, and of no other. It holds pure PyTorch
 versions of the CPU kernels that SGLang calls (`sgl_kernel`: the package index has no CPU build), a
-`triton` that can be imported and nothing else, and a plugin that SGLang loads by itself
+`triton` and `torchvision` that can be imported and nothing else, and a plugin that SGLang loads by itself
 (`fastrl_sglang_cpu.py`). `requirements.txt` says what to install. They are written for clarity, not
 for speed: tiny models only.
 

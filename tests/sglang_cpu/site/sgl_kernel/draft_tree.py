@@ -43,12 +43,16 @@ def build_tree_kernel_efficient_cpu(
 
 
 def _parents(parent_list, selected, topk):
-    """Parent of each node, -1 of the root."""
+    """Parent of each node, -1 of the root and of orphans.
+
+    A child that is certain is as likely as its parent, which may then not have been selected: as in
+    SGLang's own kernel, such a node hangs on nothing and is never accepted.
+    """
     node_of_candidate = {candidate: node for node, candidate in enumerate(selected, start=1)}
     parents = [-1]
     for candidate in selected:
         group = candidate // topk
-        parents.append(0 if group == 0 else node_of_candidate[parent_list[group]])
+        parents.append(0 if group == 0 else node_of_candidate.get(parent_list[group], -1))
     return parents
 
 
@@ -57,17 +61,21 @@ def _link(parents, next_token, next_sibling):
     next_token.fill_(-1)
     next_sibling.fill_(-1)
     for node in range(len(parents) - 1, 0, -1):
+        if parents[node] == -1:
+            continue
         next_sibling[node] = next_token[parents[node]]
         next_token[parents[node]] = node
 
 
 def _fill_mask(mask_NN, parents):
-    """Each node sees itself and its ancestors; the depth of each."""
+    """Each node sees itself and its ancestors, however they are ordered; the depth of each."""
     mask_NN.fill_(False)
-    depths = [0] * len(parents)
+    depths = []
     for node in range(len(parents)):
-        mask_NN[node, node] = True
-        if node > 0:
-            mask_NN[node] |= mask_NN[parents[node]]
-            depths[node] = depths[parents[node]] + 1
+        mask_NN[node, 0] = True
+        depth, ancestor = 0, node
+        while ancestor > 0:
+            mask_NN[node, ancestor] = True
+            depth, ancestor = depth + 1, parents[ancestor]
+        depths.append(depth)
     return depths
