@@ -40,6 +40,7 @@ from fastrl.rollout.sglang_rollouts import (
     as_rollout,
     check_prompt,
     check_sampling,
+    longest_sequence,
     num_top_logprobs,
     sglang_sampling,
     statistics,
@@ -363,11 +364,11 @@ class SGLangEngine:
         started = perf_counter()
         running = self._started()
         self._check_ready(running, sampling, return_hidden_states)
-        max_context = int(running.config.max_position_embeddings)
+        max_sequence = longest_sequence(running.config.max_position_embeddings, running.strategy)
         for prompt in prompts:
             check_prompt(
                 prompt,
-                max_context=max_context,
+                max_sequence=max_sequence,
                 pool_tokens=running.engine.pool_tokens,
                 max_tokens=sampling.max_tokens,
             )
@@ -382,7 +383,7 @@ class SGLangEngine:
                     sglang_sampling(
                         sampling,
                         num_prompt_tokens=len(prompt.tokens),
-                        max_context=max_context,
+                        max_sequence=max_sequence,
                         eos_token_ids=running.eos_token_ids,
                         key=request_key(seed, rl_step, prompt.prompt_id, sample),
                     )

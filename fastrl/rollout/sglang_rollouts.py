@@ -26,8 +26,16 @@ from fastrl.types import (
 )
 
 _NO_NUMBERS = "NaN happened"
-_CONTEXT_MARGIN = 2
-"""SGLang ends a response that many tokens before the model's context."""
+_MARGIN = 2
+"""SGLang ends a response that many tokens before the model's context, or its cache's end."""
+
+
+def longest_sequence(max_context: int, strategy: DraftStrategy) -> int:
+    """Most tokens of prompt and response together: with speculation SGLang keeps room for a whole
+    draft tree within the model's context."""
+    if strategy.is_off:
+        return max_context - _MARGIN
+    return max_context - max(_MARGIN, strategy.topk * strategy.depth, strategy.verify_tokens)
 
 
 def check_sampling(sampling: SamplingParams) -> None:
@@ -49,16 +57,15 @@ def sglang_sampling(
     sampling: SamplingParams,
     *,
     num_prompt_tokens: int,
-    max_context: int,
+    max_sequence: int,
     eos_token_ids: Sequence[int],
     key: int,
 ) -> dict[str, Any]:
     """SGLang's sampling parameters for one request; `key` seeds its randomness."""
-    room = max_context - _CONTEXT_MARGIN - num_prompt_tokens
-    parameters: dict[str, Any] = {
+    return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k or -1,
-        "max_new_tokens": min(sampling.max_tokens, room),
+        "max_new_tokens": min(sampling.max_tokens, max_sequence - num_prompt_tokens),
         "stop": list(sampling.stop) or None,
         "stop_token_ids": [*eos_token_ids, *sampling.stop_token_ids],
         "ignore_eos": sampling.ignore_eos,
@@ -66,20 +73,19 @@ def sglang_sampling(
         "skip_special_tokens": False,  # stop strings may hold them, as chat templates do
         "no_stop_trim": True,
     }
-    return parameters
 
 
-def check_prompt(prompt: Prompt, *, max_context: int, pool_tokens: int, max_tokens: int) -> None:
+def check_prompt(prompt: Prompt, *, max_sequence: int, pool_tokens: int, max_tokens: int) -> None:
     """Raise ValueError for a prompt that leaves no room for a response, in context or cache."""
     num_tokens = len(prompt.tokens)
-    if not 0 < num_tokens < max_context - _CONTEXT_MARGIN:
+    if not 0 < num_tokens < max_sequence:
         raise ValueError(
             f"prompt {prompt.prompt_id} has {num_tokens} tokens; expected 1 or more, and fewer "
-            f"than the model's context of {max_context} less {_CONTEXT_MARGIN}, so that a response "
+            f"than the {max_sequence} that SGLang takes of the model's context, so that a response "
             f"fits: filter long prompts (data.max_prompt_tokens)"
         )
-    longest = min(num_tokens + max_tokens, max_context)
-    if longest > pool_tokens - _CONTEXT_MARGIN:
+    longest = min(num_tokens + max_tokens, max_sequence)
+    if longest > pool_tokens - _MARGIN:
         raise ValueError(
             f"prompt {prompt.prompt_id} and its response may take {longest} tokens, but SGLang's "
             f"cache holds {pool_tokens}, and would cut the response silently; raise "

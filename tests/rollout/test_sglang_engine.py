@@ -16,6 +16,7 @@ from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.sglang_process import EngineError, living_members
+from fastrl.rollout.sglang_rollouts import longest_sequence
 from fastrl.types import FinishReason, SamplingParams
 from tests.rollout.tiny_models import make_prompts, make_target
 
@@ -63,7 +64,7 @@ def test_greedy_tokens_are_those_of_the_embedded_engine(any_strategy, engine):
 
 
 def test_tokens_follow_the_target_distribution(any_strategy, target_model):
-    """The first three tokens' joint distribution over a small nucleus, and each one's own."""
+    """Three tokens among three each: all 27 responses by their probabilities."""
     sampling = SamplingParams(max_tokens=3, top_k=3, ignore_eos=True)
     (prompt,) = make_prompts(1)
     rollouts = any_strategy.generate([prompt], sampling, num_samples=600, seed=5)
@@ -73,7 +74,7 @@ def test_tokens_follow_the_target_distribution(any_strategy, target_model):
         counts[rollout.tokens] += 1
     assert chi_square_p_value(counts, expected, len(rollouts)) > 1e-4
     if any_strategy.stats().row_steps:
-        assert any_strategy.stats().accept_length > 1.1
+        assert any_strategy.stats().accepted_by_depth[0] > 50  # else nothing was put to the test
 
 
 def joint_distribution(model, prompt, sampling) -> dict[tuple[int, ...], float]:
@@ -137,11 +138,12 @@ def test_statistics_count_what_was_emitted(any_strategy):
     assert 1 < stats.accept_length <= depth + 1
 
 
-def test_responses_end_before_the_context_does(sglang_engine):
+def test_responses_end_before_the_context_does(any_strategy):
+    strategy = any_strategy.strategy_selector.strategy
     (prompt,) = make_prompts(1, shortest=110)
-    (rollout,) = sglang_engine.generate([prompt], LONG)
+    (rollout,) = any_strategy.generate([prompt], LONG)
     assert rollout.finish_reason == FinishReason.LENGTH
-    assert len(rollout.tokens) == 128 - 110 - 2
+    assert len(rollout.tokens) == longest_sequence(128, strategy) - 110
 
 
 # -- weights --------------------------------------------------------------------------------------

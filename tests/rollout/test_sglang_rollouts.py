@@ -10,6 +10,7 @@ from fastrl.rollout.sglang_rollouts import (
     as_rollout,
     check_prompt,
     check_sampling,
+    longest_sequence,
     num_top_logprobs,
     sglang_sampling,
     statistics,
@@ -138,7 +139,7 @@ def test_sampling_parameters_are_passed_on():
         temperature=0.6, top_k=7, max_tokens=50, stop=("end",), stop_token_ids=(3,)
     )
     given = sglang_sampling(
-        sampling, num_prompt_tokens=10, max_context=100, eos_token_ids=(1, 2), key=-5
+        sampling, num_prompt_tokens=10, max_sequence=100, eos_token_ids=(1, 2), key=-5
     )
     assert given["temperature"] == 0.6
     assert given["top_k"] == 7
@@ -147,9 +148,9 @@ def test_sampling_parameters_are_passed_on():
     assert given["stop_token_ids"] == [1, 2, 3]
     assert given["sampling_seed"] == -5
     near_the_end = sglang_sampling(
-        SamplingParams(), num_prompt_tokens=90, max_context=100, eos_token_ids=(), key=0
+        SamplingParams(), num_prompt_tokens=90, max_sequence=100, eos_token_ids=(), key=0
     )
-    assert near_the_end["max_new_tokens"] == 8
+    assert near_the_end["max_new_tokens"] == 10
     assert near_the_end["top_k"] == -1
 
 
@@ -166,14 +167,19 @@ def test_filters_that_sglang_applies_otherwise_are_refused(sampling):
         check_sampling(sampling)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 98, 200])
+@pytest.mark.parametrize(("strategy", "longest"), [("off", 98), ("3_4_8", 88), ("3_1_4", 96)])
+def test_a_draft_tree_takes_room_of_the_context(strategy, longest):
+    assert longest_sequence(100, DraftStrategy.parse(strategy)) == longest
+
+
+@pytest.mark.parametrize("num_tokens", [0, 100, 200])
 def test_a_prompt_without_room_for_a_response_is_refused(num_tokens):
     prompt = Prompt(prompt_id=4, tokens=(5,) * num_tokens, text="", answer="")
     with pytest.raises(ValueError, match=f"prompt 4 has {num_tokens} tokens"):
-        check_prompt(prompt, max_context=100, pool_tokens=1000, max_tokens=10)
+        check_prompt(prompt, max_sequence=100, pool_tokens=1000, max_tokens=10)
 
 
 def test_a_response_beyond_the_cache_is_refused():
     with pytest.raises(ValueError, match="may take 52 tokens, but SGLang's cache holds 53"):
-        check_prompt(PROMPT, max_context=100, pool_tokens=53, max_tokens=50)
-    check_prompt(PROMPT, max_context=100, pool_tokens=54, max_tokens=50)
+        check_prompt(PROMPT, max_sequence=100, pool_tokens=53, max_tokens=50)
+    check_prompt(PROMPT, max_sequence=100, pool_tokens=54, max_tokens=50)

@@ -1,4 +1,4 @@
-"""Packages that can be imported and decorated with, and nothing else; see triton and torchvision."""
+"""Packages that can be imported, and decorated with, and nothing else: triton, torchvision."""
 
 import importlib.abc
 import importlib.machinery
