@@ -207,8 +207,9 @@ class SGLangEngine:
                 tokenizer=tokenizer,
                 eos_token_ids=eos_token_ids(model_path, config, tokenizer),
                 policy=self._publisher(process, "target", policy_skeleton(config)),
-                drafter=drafter
-                and self._publisher(process, "draft", dict(drafter.named_weights())),
+                drafter=None
+                if drafter is None
+                else self._publisher(process, "draft", dict(drafter.named_weights())),
             )
             check_every_weight_is_reached(process, running.policy, running.drafter)
             if drafter is not None and running.drafter is not None:

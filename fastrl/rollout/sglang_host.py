@@ -50,6 +50,10 @@ class EngineHost:
         """Start the engine with SGLang's own arguments."""
         import sglang
 
+        server_args = dict(server_args)
+        if not self._has_update_sessions:
+            loaders = server_args.get("custom_weight_loader") or []
+            server_args["custom_weight_loader"] = [*loaders, DRAFTER_LOADER]
         self._engine = sglang.Engine(**server_args)
         self._tp_size = int(server_args["tp_size"])
         scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
@@ -99,6 +103,7 @@ class EngineHost:
         """Hand a bucket on: `payload` is handles to [(name, tensor), …], unread here."""
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
+        route: dict[str, Any]
         if self._has_update_sessions:
             route = {"selector": role}
         elif role == "target":
@@ -175,7 +180,6 @@ def _raw_response(
             [[entry[0] for entry in best] for best in meta["output_top_logprobs"]],
             dtype=np.float32,
         ).reshape(-1, num_top_logprobs)
-    histogram = meta.get("spec_correct_drafts_histogram") or meta.get("spec_accept_histogram")
     return RawResponse(
         tokens=tuple(tokens),
         logprobs=tuple(entry[0] for entry in meta["output_token_logprobs"]),
@@ -183,7 +187,7 @@ def _raw_response(
         finish_type=finish["type"],
         finish_detail=str(finish.get("matched", finish.get("message", ""))),
         num_cached_tokens=int(meta["cached_tokens"]),
-        steps_by_num_accepted=tuple(histogram or ()),
+        steps_by_num_accepted=tuple(meta.get("spec_correct_drafts_histogram", ())),
         hidden_TD=_hidden_states(meta["hidden_states"]) if "hidden_states" in meta else None,
     )
 
