@@ -76,6 +76,7 @@ def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
                 "disable_cuda_graph": True,
                 "max_total_tokens": 16384,
                 "skip_server_warmup": True,
+                "sleep_on_idle": True,  # engines wait side by side, and would spin
             } | settings.get("server_args", {})
             engine = SGLangEngine(**settings)
             engines.callback(engine.close)
