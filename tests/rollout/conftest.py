@@ -1,12 +1,19 @@
 """One tiny target and drafter for all rollout tests; engines over them."""
 
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastrl.rollout.sglang_engine import SGLangEngine
 from fastrl.rollout.torch_engine import TorchEngine
 from tests.rollout.tiny_models import make_drafter, make_target
+
+SGLANG_SITE = Path(__file__).parents[1] / "sglang_cpu" / "site"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,3 +46,62 @@ def engine(folders, target_model):
     engine.load_policy(target_model.named_parameters(), version=0)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
+    """Starts SGLang over the tiny target, on the CPU, in float32; ended with the session if not
+    before. Options are the engine's."""
+    if importlib.util.find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed; see tests/sglang_cpu/requirements.txt")
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as engines:
+        inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(SGLANG_SITE), *inherited]))
+        patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than the tests
+        patch.setenv("OMP_NUM_THREADS", "1")
+
+        def start(**options: object) -> SGLangEngine:
+            settings: dict = {
+                "drafter_path": str(folders[1]),
+                "dtype": "float32",
+                "device": "cpu",
+                "max_batch_size": 64,
+                "mem_fraction_static": 0.1,
+                "attention_backend": "intel_amx",
+                "start_timeout_s": 120,
+                "generate_timeout_s": 120,
+            } | options
+            settings["server_args"] = {
+                "disable_cuda_graph": True,
+                "max_total_tokens": 16384,
+                "skip_server_warmup": True,
+                "sleep_on_idle": True,  # engines wait side by side, and would spin
+            } | settings.get("server_args", {})
+            engine = SGLangEngine(**settings)
+            engines.callback(engine.close)
+            engine.start(str(folders[0]))
+            return engine
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def sglang_by_strategy(start_sglang) -> Callable[[str], SGLangEngine]:
+    """Engines that tests share, by strategy; one that a test has ended is started anew."""
+    engines: dict[str, SGLangEngine] = {}
+
+    def shared(strategy: str) -> SGLangEngine:
+        if strategy not in engines or engines[strategy].process is None:
+            engines[strategy] = start_sglang(strategy=strategy, hidden_states=True)
+        return engines[strategy]
+
+    return shared
+
+
+@pytest.fixture
+def sglang_engine(sglang_by_strategy, target_model) -> SGLangEngine:
+    """SGLang, speculating with the tiny drafter, with weights of version 0."""
+    engine = sglang_by_strategy("3_4_8")
+    engine.load_policy(target_model.named_parameters(), version=0)
+    return engine

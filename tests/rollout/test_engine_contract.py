@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from fastrl.rollout.engine import RolloutEngine
+from fastrl.rollout.sampling import log_distribution
 from fastrl.types import FinishReason, SamplingParams
 from tests.rollout.tiny_models import EOS, make_prompts
 
 SAMPLING = SamplingParams(max_tokens=16)
 
 
-@pytest.fixture(params=["engine"])
+@pytest.fixture(params=["engine", pytest.param("sglang_engine", marks=pytest.mark.sglang)])
 def any_engine(request) -> RolloutEngine:
     """A started engine with a drafter and weights of version 0."""
     return request.getfixturevalue(request.param)
@@ -43,15 +44,63 @@ def test_rollouts_carry_version_reason_and_log_probabilities(any_engine, target_
         assert rollout.finish_reason == (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
 
 
-def test_log_probabilities_are_those_of_a_plain_forward(any_engine, target_model):
-    for rollout in any_engine.generate(make_prompts(4), SAMPLING, num_samples=2):
+@pytest.mark.parametrize(
+    "sampling",
+    [SAMPLING, SamplingParams(max_tokens=16, temperature=0.7, top_k=5)],
+    ids=["plain", "filtered"],
+)
+def test_log_probabilities_are_those_of_a_plain_forward(any_engine, target_model, sampling):
+    for rollout in any_engine.generate(make_prompts(4), sampling, num_samples=2):
         tokens = torch.tensor([(*rollout.prompt.tokens, *rollout.tokens)])
         with torch.no_grad():
             logits = target_model(tokens[:, :-1]).logits[0, len(rollout.prompt.tokens) - 1 :]
-        expected = logits.log_softmax(-1).gather(1, tokens[0, len(rollout.prompt.tokens) :, None])
+        expected = log_distribution(logits, sampling).gather(
+            1, tokens[0, len(rollout.prompt.tokens) :, None]
+        )
         torch.testing.assert_close(
             torch.tensor(rollout.logprobs), expected.squeeze(1), atol=2e-5, rtol=0
         )
+
+
+GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+
+
+def test_greedy_tokens_are_certain_and_the_most_likely(any_engine, target_model):
+    for rollout in any_engine.generate(make_prompts(4), GREEDY):
+        assert len(rollout.tokens) == GREEDY.max_tokens
+        assert rollout.logprobs == (0.0,) * GREEDY.max_tokens
+        tokens = torch.tensor([(*rollout.prompt.tokens, *rollout.tokens)])
+        with torch.no_grad():
+            best = target_model(tokens[:, :-1]).logits[0].argmax(-1)
+        assert rollout.tokens == tuple(best[len(rollout.prompt.tokens) - 1 :].tolist())
+
+
+def test_stop_tokens_end_a_response_and_are_kept(any_engine):
+    (whole,) = any_engine.generate(make_prompts(1), GREEDY)
+    stop = whole.tokens[5]
+    sampling = SamplingParams(max_tokens=16, temperature=0, stop_token_ids=(stop,))
+    (cut,) = any_engine.generate(make_prompts(1), sampling)
+    end = min(whole.tokens.index(one) for one in {stop, EOS} & set(whole.tokens))
+    assert cut.tokens == whole.tokens[: end + 1]
+    assert cut.finish_reason == FinishReason.STOP
+
+
+def test_stop_strings_end_a_response_and_are_kept(any_engine):
+    (whole,) = any_engine.generate(make_prompts(1), GREEDY)
+    stop = f"w{whole.tokens[4]} w{whole.tokens[5]}"
+    sampling = SamplingParams(max_tokens=16, temperature=0, stop=(stop,), ignore_eos=True)
+    (cut,) = any_engine.generate(make_prompts(1), sampling)
+    assert cut.text.endswith(stop)
+    assert cut.text == whole.text[: whole.text.index(stop) + len(stop)]
+    assert cut.finish_reason == FinishReason.STOP
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_misnamed_weights_are_refused_by_name(any_engine, target_model, name):
+    weights = dict(target_model.named_parameters())
+    weights[f"{name}_misspelt"] = weights.pop(name)
+    with pytest.raises(ValueError, match=rf"missing \['{name}'\], unknown \['{name}_misspelt'\]"):
+        any_engine.load_policy(weights.items(), version=1)
 
 
 def test_stats_are_of_the_last_call(any_engine):

@@ -169,12 +169,17 @@ class EagleDrafter(nn.Module):
         Raises ValueError naming missing, unknown and misshapen tensors.
         """
         own = dict(self.named_weights())
-        given = {
-            name: tensor
-            for name, tensor in named_tensors
-            if not name.removeprefix("model.").startswith(_SHARED_WITH_TARGET)
-        }
+        given = dict(without_shared(named_tensors))
         check_fits(given, own, what=f"drafter weights of {source}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given[name])
+
+
+def without_shared(
+    named_tensors: Iterable[tuple[str, Tensor]],
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights that are the drafter's own: without copies of the target's embedding and LM head."""
+    for name, tensor in named_tensors:
+        if not name.removeprefix("model.").startswith(_SHARED_WITH_TARGET):
+            yield name, tensor

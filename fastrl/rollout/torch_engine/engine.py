@@ -10,23 +10,18 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafter_health import DrafterHealth, WatchedSelector
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.response_store import ResponseStore
+from fastrl.rollout.end_of_sequence import eos_token_ids
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector
 from fastrl.rollout.sampling import request_key
 from fastrl.rollout.torch_engine.drafting import EagleDrafting
@@ -115,7 +110,7 @@ class TorchEngine:
             target=target,
             cache=target.new_cache(self._max_batch_size),
             tokenizer=tokenizer,
-            eos_token_ids=_eos_token_ids(model_path, target.config, tokenizer),
+            eos_token_ids=eos_token_ids(model_path, target.config, tokenizer),
             drafter=drafter,
             drafting=drafting,
         )
@@ -374,14 +369,3 @@ def _check_prompt(prompt: Prompt, max_context: int) -> None:
             f"the model's context of {max_context}, so that a response fits: filter long prompts "
             f"(data.max_prompt_tokens)"
         )
-
-
-def _eos_token_ids(
-    model_path: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, ...]:
-    """End-of-sequence tokens of the generation configuration (or the model's) and the tokenizer."""
-    configured = config.to_dict().get("eos_token_id")
-    if (Path(model_path) / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
-    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return tuple(sorted(ids - {None}))

@@ -1,0 +1,253 @@
+"""The child process that owns SGLang's engine: the only file here that imports sglang.
+
+It answers the trainer's messages one at a time (sglang_process.py). What the versions of SGLang
+from 0.5.17 to 0.5.21 do differently is settled here. When it ends, for whatever reason, its process
+group ends with it, and when the trainer ends, it does.
+
+Leaves out any decision: what to generate and which weights fit is settled in the trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrl.rollout.sglang_process import RawResponse, Role, StartedEngine
+
+_WATCH_INTERVAL_S = 0.5
+_OLDEST, _TOO_NEW = (0, 5, 17), (0, 5, 22)
+
+
+class EngineHost:
+    """SGLang's engine, and the requests it answers; one `serve_…` function each."""
+
+    def __init__(self) -> None:
+        import sglang
+
+        self._version_text: str = sglang.__version__
+        self._version = _numbers(sglang.__version__)
+        if not _OLDEST <= self._version < _TOO_NEW:
+            raise RuntimeError(
+                f"sglang {sglang.__version__} is installed; this adapter knows 0.5.17 to 0.5.21: "
+                f"pip install 'sglang>=0.5.17,<0.5.22'"
+            )
+        self._engine: Any = None
+        self._tp_size = 1
+
+    def serve_start(self, server_args: Mapping[str, Any]) -> StartedEngine:
+        """Start the engine with SGLang's own arguments."""
+        import sglang
+
+        server_args = dict(server_args)
+        if not self._has_update_sessions:
+            loaders = server_args.get("custom_weight_loader") or []
+            server_args["custom_weight_loader"] = [*loaders, DRAFTER_LOADER]
+        self._engine = sglang.Engine(**server_args)
+        self._tp_size = int(server_args["tp_size"])
+        scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
+        return StartedEngine(
+            sglang_version=self._version_text, pool_tokens=int(scheduler["max_total_num_tokens"])
+        )
+
+    # -- generation -------------------------------------------------------------------------------
+
+    def serve_generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Mapping[str, Any]],
+        num_top_logprobs: int,
+        return_hidden_states: bool,
+    ) -> list[RawResponse]:
+        """One response a prompt.
+
+        A prefix found in the cache has no hidden states, so where they are asked for, each request
+        gets a part of the cache of its own.
+        """
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        keys = [f"{time.monotonic_ns()}-{number}" for number in range(len(prompts))]
+        request = GenerateReqInput(
+            input_ids=[list(prompt) for prompt in prompts],
+            sampling_params=[dict(one) for one in sampling],
+            return_logprob=True,
+            top_logprobs_num=num_top_logprobs,
+            return_hidden_states=return_hidden_states,
+            extra_key=keys if return_hidden_states else None,
+        )
+        answers = self._engine.tokenizer_manager.generate_request(request, None)
+        return [
+            _raw_response(answer["output_ids"], answer["meta_info"], num_top_logprobs)
+            for answer in self._wait(anext(answers))
+        ]
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def serve_begin_update(self, role: Role) -> None:
+        """Before the buckets of one publication."""
+        if self._has_update_sessions:
+            self._check(self._engine.begin_weight_update(selector=role))
+
+    def serve_update(self, role: Role, payload: bytes) -> None:
+        """Hand a bucket on: `payload` is handles to [(name, tensor), …], unread here."""
+        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+
+        route: dict[str, Any]
+        if self._has_update_sessions:
+            route = {"selector": role}
+        elif role == "target":
+            route = {"disable_draft_model": True}
+        else:  # the target has no switch like that, so a loader leaves it out
+            route = {"load_format": DRAFTER_LOADER}
+        request = UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=[payload] * self._tp_size, flush_cache=False, **route
+        )
+        manager = self._engine.tokenizer_manager
+        self._check(self._wait(manager.update_weights_from_tensor(request, None)))
+
+    def serve_end_update(self) -> None:
+        """After the buckets of one publication: what the old weights computed is forgotten."""
+        if self._has_update_sessions:
+            self._check(self._engine.end_weight_update())
+        flushed = self._engine.flush_cache()
+        self._check((flushed.success, "the cache could not be emptied"))
+
+    def serve_checksums(self) -> list[dict[str, str]]:
+        """A checksum of each weight by SGLang's name for it, `draft.` before the drafter's; one
+        dictionary for each tensor-parallel rank."""
+        from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+        manager = self._engine.tokenizer_manager
+        success, message, ranks, *_ = self._wait(
+            manager.check_weights(CheckWeightsReqInput(action="checksum"), None)
+        )
+        self._check((success, message))
+        return [dict(rank["checksums"]) for rank in ranks]
+
+    # -- memory -----------------------------------------------------------------------------------
+
+    def serve_sleep(self) -> None:
+        """Give the memory of cache, graphs and weights back to the device."""
+        self._engine.release_memory_occupation()
+
+    def serve_wake(self) -> None:
+        """Take it again; the weights are garbage until they are published."""
+        self._engine.resume_memory_occupation()
+
+    # ---------------------------------------------------------------------------------------------
+
+    @property
+    def _has_update_sessions(self) -> bool:
+        return self._version >= (0, 5, 21)
+
+    def _wait(self, awaitable: Any) -> Any:
+        return self._engine.loop.run_until_complete(awaitable)
+
+    @staticmethod
+    def _check(answer: tuple[bool, str]) -> None:
+        success, message = answer[:2]
+        if not success:
+            raise RuntimeError(f"SGLang refused it: {message}")
+
+
+DRAFTER_LOADER = "fastrl.rollout.sglang_host.load_drafter_only"
+
+
+def load_drafter_only(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> None:
+    """SGLang before 0.5.21 offers a publication to both models: the target does not take it."""
+    if "Eagle" in type(model).__name__:
+        model.load_weights(list(named_tensors))
+
+
+def _raw_response(
+    tokens: Sequence[int], meta: Mapping[str, Any], num_top_logprobs: int
+) -> RawResponse:
+    finish = meta["finish_reason"]
+    top_logprobs_TK = None
+    if num_top_logprobs:
+        top_logprobs_TK = np.array(
+            [[entry[0] for entry in best] for best in meta["output_top_logprobs"]],
+            dtype=np.float32,
+        ).reshape(-1, num_top_logprobs)
+    return RawResponse(
+        tokens=tuple(tokens),
+        logprobs=tuple(entry[0] for entry in meta["output_token_logprobs"]),
+        top_logprobs_TK=top_logprobs_TK,
+        finish_type=finish["type"],
+        finish_detail=str(finish.get("matched", finish.get("message", ""))),
+        num_cached_tokens=int(meta["cached_tokens"]),
+        steps_by_num_accepted=tuple(meta.get("spec_correct_drafts_histogram", ())),
+        hidden_TD=_hidden_states(meta["hidden_states"]) if "hidden_states" in meta else None,
+    )
+
+
+def _hidden_states(parts: Sequence[Any]) -> NDArray[np.float32]:
+    """From rows (a decode step's tokens) and lists of rows (a prefill's) to one array."""
+    return np.concatenate([np.atleast_2d(np.array(part, dtype=np.float32)) for part in parts])
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+# -- the process ----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Answer the trainer until it closes the connection or ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--connection", type=int, required=True, help="file descriptor")
+    parser.add_argument("--trainer", type=int, required=True, help="process id")
+    arguments = parser.parse_args()
+    threading.Thread(target=_end_with, args=(arguments.trainer,), daemon=True).start()
+    os.set_inheritable(arguments.connection, False)
+    connection: Connection[Any, Any] = Connection(arguments.connection)
+    multiprocessing.current_process().authkey = connection.recv()
+    try:
+        _serve(connection)
+    finally:
+        _end_group()
+
+
+def _serve(connection: Connection[Any, Any]) -> None:
+    host: EngineHost | None = None
+    while True:
+        try:
+            request, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            host = host or EngineHost()
+            answer = getattr(host, f"serve_{request}")(**arguments)
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((False, f"{type(error).__name__}: {error}"))
+        else:
+            connection.send((True, answer))
+
+
+def _end_with(trainer: int) -> None:
+    """The trainer may be killed while this process is deep in SGLang: its parent changes then."""
+    while os.getppid() == trainer:
+        time.sleep(_WATCH_INTERVAL_S)
+    print("the trainer has ended", file=sys.stderr, flush=True)
+    _end_group()
+
+
+def _end_group() -> None:
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Between our records and SGLang's: sampling parameters out, rollouts and statistics in.
+
+Pure functions. What stock SGLang does not compute as `fastrl/rollout/sampling.py` defines it is
+refused here. Its log-probabilities are those under the temperature alone; of the K best tokens at
+each position, with K = top_k, they are renormalized here to the distribution that was sampled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastrl.rollout.sampling import log_distribution
+from fastrl.rollout.sglang_process import RawResponse
+from fastrl.types import (
+    DraftStrategy,
+    EngineStats,
+    FinishReason,
+    Prompt,
+    Rollout,
+    SamplingParams,
+)
+
+_NO_NUMBERS = "NaN happened"
+_MARGIN = 2
+"""SGLang ends a response that many tokens before the model's context, or its cache's end."""
+
+
+def longest_sequence(max_context: int, strategy: DraftStrategy) -> int:
+    """Most tokens of prompt and response together: with speculation SGLang keeps room for a whole
+    draft tree within the model's context."""
+    if strategy.is_off:
+        return max_context - _MARGIN
+    return max_context - max(_MARGIN, strategy.topk * strategy.depth, strategy.verify_tokens)
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Raise ValueError for filters under which stock SGLang departs from our definition."""
+    if sampling.top_p < 1 or sampling.min_p > 0:
+        raise ValueError(
+            f"sampling top_p {sampling.top_p} and min_p {sampling.min_p}: stock SGLang applies "
+            f"them otherwise with speculation than without, and reports log-probabilities without "
+            f"them; use top_p 1 and min_p 0 (temperature and top_k are exact), or TorchEngine"
+        )
+
+
+def num_top_logprobs(sampling: SamplingParams, vocab_size: int) -> int:
+    """How many of the best tokens' log-probabilities are needed at each position."""
+    return min(sampling.top_k, vocab_size) if sampling.temperature > 0 else 0
+
+
+def sglang_sampling(
+    sampling: SamplingParams,
+    *,
+    num_prompt_tokens: int,
+    max_sequence: int,
+    eos_token_ids: Sequence[int],
+    key: int,
+) -> dict[str, Any]:
+    """SGLang's sampling parameters for one request; `key` seeds its randomness."""
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or -1,
+        "max_new_tokens": min(sampling.max_tokens, max_sequence - num_prompt_tokens),
+        "stop": list(sampling.stop) or None,
+        "stop_token_ids": [*eos_token_ids, *sampling.stop_token_ids],
+        "ignore_eos": sampling.ignore_eos,
+        "sampling_seed": key,
+        "skip_special_tokens": False,  # stop strings may hold them, as chat templates do
+        "no_stop_trim": True,
+    }
+
+
+def check_prompt(prompt: Prompt, *, max_sequence: int, pool_tokens: int, max_tokens: int) -> None:
+    """Raise ValueError for a prompt that leaves no room for a response, in context or cache."""
+    num_tokens = len(prompt.tokens)
+    if not 0 < num_tokens < max_sequence:
+        raise ValueError(
+            f"prompt {prompt.prompt_id} has {num_tokens} tokens; expected 1 or more, and fewer "
+            f"than the {max_sequence} that SGLang takes of the model's context, so that a response "
+            f"fits: filter long prompts (data.max_prompt_tokens)"
+        )
+    longest = min(num_tokens + max_tokens, max_sequence)
+    if longest > pool_tokens - _MARGIN:
+        raise ValueError(
+            f"prompt {prompt.prompt_id} and its response may take {longest} tokens, but SGLang's "
+            f"cache holds {pool_tokens}, and would cut the response silently; raise "
+            f"engine.mem_fraction_static, or lower sampling.max_tokens"
+        )
+
+
+def as_rollout(
+    raw: RawResponse,
+    prompt: Prompt,
+    sample_index: int,
+    *,
+    sampling: SamplingParams,
+    text: str,
+    policy_version: int,
+) -> Rollout:
+    """One response as the contract has it.
+
+    Of its verification steps SGLang tells how many accepted how many tokens, not in which order:
+    `accept_lengths` are sorted, and what the last step verified beyond the response's end is taken
+    off the longest.
+
+    Raises:
+        FloatingPointError: the policy's logits were not numbers.
+        RuntimeError: SGLang gave the request up, or hidden states of some tokens are missing.
+    """
+    name = f"prompt {prompt.prompt_id}, sample {sample_index}"
+    if raw.finish_detail == _NO_NUMBERS or np.isnan(raw.logprobs).any():
+        raise FloatingPointError(
+            f"{name}: the policy's logits are not numbers; its weights are broken, or the engine's "
+            f"dtype is too narrow for them"
+        )
+    if raw.finish_type == "abort":
+        raise RuntimeError(f"{name}: SGLang gave the request up: {raw.finish_detail}")
+    num_rows = len(prompt.tokens) + len(raw.tokens) - 1
+    if raw.hidden_TD is not None and len(raw.hidden_TD) != num_rows:
+        raise RuntimeError(
+            f"{name}: SGLang returned hidden states of {len(raw.hidden_TD)} tokens instead of "
+            f"{num_rows}; is the prompt longer than server_args.chunked_prefill_size?"
+        )
+    return Rollout(
+        prompt=prompt,
+        sample_index=sample_index,
+        tokens=raw.tokens,
+        logprobs=_logprobs(raw, sampling),
+        text=text,
+        finish_reason=FinishReason(raw.finish_type),
+        policy_version=policy_version,
+        accept_lengths=_accept_lengths(raw),
+        num_verify_steps=sum(raw.steps_by_num_accepted),
+        hidden_states=None if raw.hidden_TD is None else torch.from_numpy(raw.hidden_TD),
+    )
+
+
+def statistics(
+    raws: Sequence[RawResponse],
+    strategy: DraftStrategy,
+    *,
+    num_prompt_tokens: int,
+    seconds: float,
+) -> EngineStats:
+    """What a call did, as far as SGLang tells.
+
+    It does not tell how many steps it took for the whole batch: `num_steps` are those of the
+    rollout that took most, which is exact while all run side by side. Prefill and draft seconds
+    stay 0.
+    """
+    num_accepted: Counter[int] = Counter()
+    for raw in raws:
+        num_accepted.update(dict(enumerate(raw.steps_by_num_accepted)))
+    num_steps = max((len(_accept_lengths(raw)) for raw in raws), default=0)
+    num_tokens = sum(len(raw.tokens) for raw in raws)
+    return EngineStats(
+        num_rollouts=len(raws),
+        num_tokens=num_tokens,
+        num_prompt_tokens=num_prompt_tokens - sum(raw.num_cached_tokens for raw in raws),
+        num_steps=num_steps,
+        seconds=seconds,
+        steps_by_strategy={str(strategy): num_steps} if num_steps else {},
+        row_steps=num_accepted.total(),
+        accepted_tokens=0 if strategy.is_off else num_tokens - len(raws),
+        offered_by_depth=_at_least(num_accepted, range(strategy.depth)),
+        accepted_by_depth=_at_least(num_accepted, range(1, strategy.depth + 1)),
+    )
+
+
+def _at_least(counts: Mapping[int, int], thresholds: range) -> tuple[int, ...]:
+    return tuple(
+        sum(count for value, count in counts.items() if value >= threshold)
+        for threshold in thresholds
+    )
+
+
+def _logprobs(raw: RawResponse, sampling: SamplingParams) -> tuple[float, ...]:
+    """Under the distribution that was sampled from, its filters included."""
+    if sampling.temperature == 0:
+        return (0.0,) * len(raw.tokens)  # it has all its mass on one token
+    logprobs_T = torch.tensor(raw.logprobs, dtype=torch.float32)
+    if raw.top_logprobs_TK is not None:
+        filtered = SamplingParams(top_k=sampling.top_k)
+        best_TK = torch.from_numpy(raw.top_logprobs_TK)
+        # The same shift for every token that is kept: by the mass that the others had.
+        shift_T = (log_distribution(best_TK, filtered) - best_TK)[:, 0]
+        logprobs_T = (logprobs_T + shift_T).clamp(max=0)
+    return tuple(logprobs_T.tolist())
+
+
+def _accept_lengths(raw: RawResponse) -> tuple[int, ...]:
+    """Tokens of each decode step, ascending; the first token comes from the prefill."""
+    num_decoded = len(raw.tokens) - 1
+    if not raw.steps_by_num_accepted:
+        return (1,) * num_decoded
+    lengths = [
+        num_accepted + 1
+        for num_accepted, num_steps in enumerate(raw.steps_by_num_accepted)
+        for _ in range(num_steps)
+    ]
+    for _ in range(sum(lengths) - num_decoded):
+        lengths[lengths.index(max(lengths))] -= 1
+    return tuple(sorted(lengths))

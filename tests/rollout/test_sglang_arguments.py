@@ -1,0 +1,89 @@
+"""What SGLang is started with, and what it is not started for: SGLang is not needed."""
+
+import pytest
+import torch
+
+from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy
+from fastrl.rollout.sglang_arguments import (
+    fixed_strategy,
+    place_arguments,
+    speculation_arguments,
+)
+from fastrl.rollout.sglang_engine import SGLangEngine
+from fastrl.types import OFF, DraftStrategy, SamplingParams
+from tests.rollout.tiny_models import make_prompts
+
+
+def test_a_strategy_becomes_sglangs_arguments():
+    assert speculation_arguments(DraftStrategy.parse("8_4_48"), "drafter") == {
+        "speculative_algorithm": "EAGLE",
+        "speculative_draft_model_path": "drafter",
+        "speculative_num_steps": 8,
+        "speculative_eagle_topk": 4,
+        "speculative_num_draft_tokens": 48,
+    }
+    assert speculation_arguments(OFF, "drafter") == {}
+
+
+def test_n_gram_strategies_are_refused():
+    with pytest.raises(ValueError, match="n-gram"):
+        fixed_strategy(FixedStrategy("ngram_4_1_5"), "drafter")
+
+
+def test_a_strategy_without_its_drafter_is_refused():
+    with pytest.raises(ValueError, match="drafter_path is null"):
+        fixed_strategy(FixedStrategy("4_2_8"), None)
+    assert fixed_strategy(FixedStrategy("off"), None) == OFF
+
+
+def test_a_bandit_is_refused_at_the_start(folders):
+    engine = SGLangEngine(drafter_path=str(folders[1]))
+    engine.strategy_selector = EpsilonGreedy(strategies=["4_2_8"])
+    with pytest.raises(ValueError, match="EpsilonGreedy cannot choose strategies of stock SGLang"):
+        engine.start(str(folders[0]))
+
+
+def test_engines_side_by_side_take_other_ports():
+    places = [place_arguments(torch.device("cpu")) for _ in range(2)]
+    ports = {place[key] for place in places for key in ("port", "nccl_port")}
+    assert len(ports) == 4
+    assert "base_gpu_id" not in places[0]
+    assert place_arguments(torch.device("cuda:3"))["base_gpu_id"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tp_size": 0}, "tp_size must be >= 1, got 0"),
+        ({"max_batch_size": 0}, "max_batch_size must be >= 1"),
+        ({"bucket_mib": 0}, "bucket_mib must be >= 1"),
+        ({"start_timeout_s": 0}, "start_timeout_s must be > 0"),
+        ({"mem_fraction_static": 1.5}, "mem_fraction_static must be in"),
+        ({"strategy": "4-2-8"}, "malformed strategy"),
+        ({"server_args": {"tp_size": 2}}, r"server_args must not hold \['tp_size'\]"),
+    ],
+)
+def test_options_out_of_range_are_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        SGLangEngine(**options)
+
+
+def test_server_arguments_that_the_strategy_sets_are_refused(folders):
+    engine = SGLangEngine(
+        drafter_path=str(folders[1]),
+        strategy="4_2_8",
+        device="cpu",
+        server_args={"speculative_num_steps": 3},
+    )
+    with pytest.raises(ValueError, match=r"\['speculative_num_steps'\]"):
+        engine.start(str(folders[0]))
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        SGLangEngine().start(str(tmp_path))
+
+
+def test_before_its_start_it_generates_nothing():
+    with pytest.raises(ValueError, match="not started"):
+        SGLangEngine().generate(make_prompts(1), SamplingParams())

@@ -1,0 +1,335 @@
+"""Real SGLang on the CPU, against transformers and the embedded engine.
+
+The kernels are stand-ins (tests/sglang_cpu): what is tested is our adapter, and that SGLang does
+what the adapter takes for granted.
+"""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.sampling import log_distribution
+from fastrl.rollout.sglang_process import EngineError, living_members
+from fastrl.rollout.sglang_rollouts import longest_sequence
+from fastrl.types import FinishReason, SamplingParams
+from tests.rollout.tiny_models import make_prompts, make_target
+
+pytestmark = pytest.mark.sglang
+
+GREEDY = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=100, temperature=1, ignore_eos=True)
+STRATEGIES = ("off", "3_1_4", "3_4_8", "5_2_12")
+
+
+@pytest.fixture(params=STRATEGIES)
+def any_strategy(request, sglang_by_strategy, target_model):
+    """SGLang with each strategy, weights of version 0, and a drafter that is often right."""
+    engine = sglang_by_strategy(request.param)
+    engine.load_policy(target_model.named_parameters(), version=0)
+    if request.param != "off":
+        engine.load_drafter(echoing_drafter(target_model).items(), version=0)
+    return engine
+
+
+def echoing_drafter(target_model) -> dict[str, torch.Tensor]:
+    """Predicts that the hidden state stays as it is, and so some tokens that are accepted."""
+    weights = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in EagleDrafter.for_target(target_model.config, seed=0).named_weights()
+    }
+    size = target_model.config.hidden_size
+    weights["fc.weight"][:, size:] = torch.eye(size)
+    return weights
+
+
+def random_drafter(target_model, seed: int) -> dict[str, torch.Tensor]:
+    return dict(EagleDrafter.for_target(target_model.config, seed=seed).named_weights())
+
+
+# -- what it generates ----------------------------------------------------------------------------
+
+
+def test_greedy_tokens_are_those_of_the_embedded_engine(any_strategy, engine):
+    prompts = make_prompts(6)
+    rollouts = any_strategy.generate(prompts, GREEDY)
+    expected = engine.generate(prompts, GREEDY)
+    assert [rollout.tokens for rollout in rollouts] == [rollout.tokens for rollout in expected]
+    assert [rollout.text for rollout in rollouts] == [rollout.text for rollout in expected]
+
+
+def test_tokens_follow_the_target_distribution(any_strategy, target_model):
+    """Three tokens among three each: all 27 responses by their probabilities."""
+    sampling = SamplingParams(max_tokens=3, top_k=3, ignore_eos=True)
+    (prompt,) = make_prompts(1)
+    rollouts = any_strategy.generate([prompt], sampling, num_samples=600, seed=5)
+    expected = joint_distribution(target_model, prompt.tokens, sampling)
+    counts = dict.fromkeys(expected, 0)
+    for rollout in rollouts:
+        counts[rollout.tokens] += 1
+    assert chi_square_p_value(counts, expected, len(rollouts)) > 1e-4
+    if any_strategy.stats().row_steps:
+        assert any_strategy.stats().accepted_by_depth[0] > 50  # else nothing was put to the test
+
+
+def joint_distribution(model, prompt, sampling) -> dict[tuple[int, ...], float]:
+    """Probabilities of all responses of sampling.max_tokens tokens."""
+    responses = {(): 1.0}
+    for _ in range(sampling.max_tokens):
+        longer = {}
+        for tokens, probability in responses.items():
+            with torch.no_grad():
+                logits = model(torch.tensor([(*prompt, *tokens)])).logits[0, -1]
+            probs = log_distribution(logits, sampling).exp()
+            for token in probs.nonzero().flatten().tolist():
+                longer[(*tokens, token)] = probability * float(probs[token])
+        responses = longer
+    return responses
+
+
+def chi_square_p_value(counts, expected, total) -> float:
+    """Of the counts under the expected probabilities; rare outcomes are taken together."""
+    common = [outcome for outcome, probability in expected.items() if probability * total >= 5]
+    observed = [counts[outcome] for outcome in common]
+    means = [expected[outcome] * total for outcome in common]
+    if (rest := total - sum(means)) >= 1:
+        observed.append(total - sum(observed))
+        means.append(rest)
+    statistic = sum((seen - mean) ** 2 / mean for seen, mean in zip(observed, means, strict=True))
+    half_degrees = torch.tensor((len(means) - 1) / 2)
+    return float(torch.special.gammaincc(half_degrees, torch.tensor(statistic / 2)))
+
+
+def test_hidden_states_are_those_of_a_plain_forward(any_strategy, target_model):
+    sampling = SamplingParams(max_tokens=20)
+    prompts = make_prompts(3)
+    for _ in range(2):  # the second time prompts could be taken from the cache
+        rollouts = any_strategy.generate(
+            prompts, sampling, num_samples=2, return_hidden_states=True
+        )
+        for rollout in rollouts:
+            tokens = torch.tensor([(*rollout.prompt.tokens, *rollout.tokens[:-1])])
+            with torch.no_grad():
+                expected = target_model.model(tokens).last_hidden_state[0]
+            torch.testing.assert_close(rollout.hidden_states, expected, atol=3e-5, rtol=1e-4)
+
+
+def test_statistics_count_what_was_emitted(any_strategy):
+    rollouts = any_strategy.generate(make_prompts(4), GREEDY, num_samples=2)
+    stats = any_strategy.stats()
+    for rollout in rollouts:
+        assert sum(rollout.accept_lengths) == len(rollout.tokens) - 1
+    assert stats.num_tokens == sum(len(rollout.tokens) for rollout in rollouts)
+    assert stats.num_steps == max(len(rollout.accept_lengths) for rollout in rollouts)
+    depth = any_strategy.strategy_selector.strategy.depth
+    if depth == 0:
+        assert stats.row_steps == 0
+        assert stats.num_steps == GREEDY.max_tokens - 1
+        return
+    assert stats.row_steps == sum(rollout.num_verify_steps for rollout in rollouts)
+    assert stats.offered_by_depth[0] == stats.row_steps
+    assert stats.offered_by_depth[1:] == stats.accepted_by_depth[: depth - 1]
+    assert stats.accepted_by_depth[0] > 0
+    assert 1 < stats.accept_length <= depth + 1
+
+
+def test_responses_end_before_the_context_does(any_strategy):
+    strategy = any_strategy.strategy_selector.strategy
+    (prompt,) = make_prompts(1, shortest=110)
+    (rollout,) = any_strategy.generate([prompt], LONG)
+    assert rollout.finish_reason == FinishReason.LENGTH
+    assert len(rollout.tokens) == longest_sequence(128, strategy) - 110
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def test_a_policy_publication_reaches_the_policy_and_what_the_drafter_shares(
+    sglang_engine, target_model, tmp_path
+):
+    (before,) = sglang_engine.weight_checksums()
+    other = make_target(tmp_path, seed=1)
+    sglang_engine.load_policy(other.named_parameters(), version=1)
+    (after,) = sglang_engine.weight_checksums()
+    unchanged = {name for name in before if before[name] == after[name]}
+    norms = {name for name in before if "norm" in name and not name.startswith("draft.")}
+    own = {name for name in before if name.startswith("draft.") and "embed" not in name}
+    own -= {"draft.lm_head.weight"}
+    assert unchanged == norms | own  # norms are ones in both models
+    assert after["draft.model.embed_tokens.weight"] == after["model.embed_tokens.weight"]
+    (rollout,) = sglang_engine.generate(make_prompts(1), GREEDY)
+    tokens = torch.tensor([(*rollout.prompt.tokens, *rollout.tokens)])
+    with torch.no_grad():
+        best = other(tokens[:, :-1]).logits[0].argmax(-1)
+    assert rollout.tokens == tuple(best[len(rollout.prompt.tokens) - 1 :].tolist())
+
+
+def test_a_drafter_publication_reaches_the_drafter_alone(sglang_engine, target_model):
+    sglang_engine.load_drafter(random_drafter(target_model, seed=1).items(), version=1)
+    tokens = [rollout.tokens for rollout in sglang_engine.generate(make_prompts(2), GREEDY)]
+    (before,) = sglang_engine.weight_checksums()
+    shared = {  # published checkpoints carry copies, which must not overwrite the policy's
+        "embed_tokens.weight": torch.zeros(target_model.config.vocab_size, 32),
+        "lm_head.weight": torch.zeros(target_model.config.vocab_size, 32),
+    }
+    weights = echoing_drafter(target_model) | shared
+    sglang_engine.load_drafter(weights.items(), version=2)
+    (after,) = sglang_engine.weight_checksums()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed
+    assert all(name.startswith("draft.") for name in changed)
+    assert not any("embed_tokens" in name or "lm_head" in name for name in changed)
+    assert sglang_engine.drafter_version == 2
+    again = [rollout.tokens for rollout in sglang_engine.generate(make_prompts(2), GREEDY)]
+    assert again == tokens
+
+
+def test_a_better_drafter_is_accepted_more(sglang_engine, target_model):
+    def accept_length(weights) -> float:
+        sglang_engine.load_drafter(weights.items(), version=1)
+        sglang_engine.generate(make_prompts(6), GREEDY)
+        return sglang_engine.stats().accept_length
+
+    dumb = {name: torch.zeros_like(one) for name, one in random_drafter(target_model, 0).items()}
+    assert accept_length(echoing_drafter(target_model)) > accept_length(dumb) + 0.1
+
+
+def test_small_buckets_carry_the_same_weights(start_sglang, sglang_engine, target_model):
+    small = start_sglang(strategy="off", bucket_mib=1)
+    small._running.policy._bucket_bytes = 5000  # of 50 kB
+    small.load_policy(target_model.named_parameters(), version=0)
+    (few,), (many,) = sglang_engine.weight_checksums(), small.weight_checksums()
+    assert many == {name: one for name, one in few.items() if not name.startswith("draft.")}
+    small.close()
+
+
+def test_nothing_is_generated_from_half_a_publication(sglang_engine, target_model):
+    weights = dict(target_model.named_parameters())
+    del weights["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"missing \['model.norm.weight'\]"):
+        sglang_engine.load_policy(weights.items(), version=7)
+    assert sglang_engine.policy_version == -1
+    with pytest.raises(ValueError, match="no weights"):
+        sglang_engine.generate(make_prompts(1), GREEDY)
+    sglang_engine.load_policy(target_model.named_parameters(), version=7)
+    assert len(sglang_engine.generate(make_prompts(1), GREEDY)[0].tokens) == GREEDY.max_tokens
+
+
+def test_misnamed_drafter_weights_are_refused_by_name(sglang_engine, target_model):
+    good = random_drafter(target_model, seed=0)
+    bad = good | {"fc.wait": good["fc.weight"]}
+    del bad["fc.weight"]
+    with pytest.raises(ValueError, match=r"missing \['fc.weight'\], unknown \['fc.wait'\]"):
+        sglang_engine.load_drafter(bad.items(), version=3)
+    with pytest.raises(ValueError, match="load_drafter"):
+        sglang_engine.generate(make_prompts(1), GREEDY)
+    sglang_engine.load_drafter(good.items(), version=3)
+    assert sglang_engine.generate(make_prompts(1), GREEDY)
+
+
+# -- what it refuses ------------------------------------------------------------------------------
+
+
+def test_filters_that_it_would_not_apply_exactly_are_refused(sglang_engine):
+    for sampling in (SamplingParams(top_p=0.9), SamplingParams(min_p=0.1)):
+        with pytest.raises(ValueError, match="stock SGLang"):
+            sglang_engine.generate(make_prompts(1), sampling)
+
+
+def test_another_strategy_after_the_start_is_refused(sglang_engine):
+    sglang_engine.strategy_selector = FixedStrategy("4_2_8")
+    try:
+        with pytest.raises(ValueError, match="runs strategy 3_4_8"):
+            sglang_engine.generate(make_prompts(1), GREEDY)
+    finally:
+        sglang_engine.strategy_selector = FixedStrategy("3_4_8")
+
+
+def test_a_response_that_the_cache_cannot_hold_is_refused(start_sglang, target_model):
+    engine = start_sglang(strategy="off", server_args={"max_total_tokens": 64})
+    engine.load_policy(target_model.named_parameters(), version=0)
+    with pytest.raises(ValueError, match="mem_fraction_static"):
+        engine.generate(make_prompts(1), LONG)
+    with pytest.raises(ValueError, match="not started for hidden states"):
+        engine.generate(make_prompts(1), SamplingParams(max_tokens=8), return_hidden_states=True)
+    with pytest.raises(ValueError, match="memory_saver"):
+        engine.sleep()
+    engine.close()
+
+
+# -- failures -------------------------------------------------------------------------------------
+
+
+def scheduler_of(group: int) -> int:
+    """The process of SGLang that runs the model; it names itself."""
+    for pid in living_members(group):
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8") as file:
+            if "scheduler" in file.read():
+                return pid
+    raise AssertionError(f"no scheduler among {living_members(group)}")
+
+
+@pytest.fixture
+def new_groups():
+    """Tells which process groups children of this process lead that did not before the test."""
+
+    def groups() -> set[int]:
+        with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children", encoding="utf-8") as file:
+            return {pid for pid in map(int, file.read().split()) if os.getpgid(pid) == pid}
+
+    before = groups()
+    return lambda: groups() - before
+
+
+@pytest.mark.parametrize("victim", ["leader", "scheduler"])
+def test_an_engine_killed_while_it_generates_is_named_and_leaves_nothing(sglang_engine, victim):
+    group = sglang_engine.process.group
+    pid = group if victim == "leader" else scheduler_of(group)
+    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"died during 'generate'.*SIGKILL[\s\S]*\.log") as error:
+        sglang_engine.generate(make_prompts(1), LONG, num_samples=2000)
+    assert time.monotonic() - started < 30
+    assert "    [" in str(error.value)  # lines of the log
+    assert living_members(group) == []
+    with pytest.raises(EngineError, match="start it anew"):
+        sglang_engine.generate(make_prompts(1), GREEDY)
+
+
+def test_an_engine_that_hangs_is_ended_at_its_time_limit(start_sglang, target_model):
+    engine = start_sglang(strategy="off", generate_timeout_s=3)
+    engine.load_policy(target_model.named_parameters(), version=0)
+    group = engine.process.group
+    os.kill(scheduler_of(group), signal.SIGSTOP)
+    with pytest.raises(EngineError, match="did not answer 'generate' within 3 s"):
+        engine.generate(make_prompts(1), GREEDY)
+    assert living_members(group) == []
+
+
+@pytest.mark.parametrize(
+    ("server_args", "reason"),
+    [
+        ({"max_total_tokens": 1}, "start"),  # its scheduler fails, and SGLang kills its parent
+        ({"no_such_argument": 1}, "no_such_argument"),
+    ],
+)
+def test_an_engine_that_does_not_start_is_named_and_leaves_nothing(
+    start_sglang, tmp_path, new_groups, server_args, reason
+):
+    with pytest.raises(EngineError, match=reason) as error:
+        start_sglang(server_args=server_args, log_dir=str(tmp_path))
+    assert "Its log is" in str(error.value)
+    (log,) = tmp_path.iterdir()
+    assert log.read_text().splitlines()[-1].strip() in str(error.value)
+    assert new_groups() == set()
+
+
+def test_an_engine_that_takes_too_long_to_start_is_ended(start_sglang, new_groups):
+    with pytest.raises(EngineError, match="did not answer 'start' within 1 s"):
+        start_sglang(start_timeout_s=1)
+    assert new_groups() == set()

@@ -1,0 +1,11 @@
+"""Stock SGLang on a machine without a GPU, for tests: unchanged, but for kernels and imports.
+
+`site/` goes on the PYTHONPATH of the engine's processes, and of no other. It holds pure PyTorch
+versions of the CPU kernels that SGLang calls (`sgl_kernel`: the package index has no CPU build),
+`triton` and `torchvision` that can be imported and nothing else, and a plugin that SGLang loads by
+itself (`fastrl_sglang_cpu.py`). The requirements say what to install. All is written for clarity,
+not for speed: tiny models only.
+
+The layouts are those of SGLang 0.5.21. Shape legend: fastrl/types.py; P places in a request's row
+of the token pool.
+"""
