@@ -1,7 +1,8 @@
 """What the decode steps of bench_bad_drafter.py show: paces against plain decoding, and verdicts.
 
-A step that emitted n tokens from b live rows is held against n / b plain steps at b rows, since
-batches shrink differently under speculation. Wall times decide. On a noisy machine, the same with
+A step that emitted n tokens from b live rows is held against n / b plain steps at b rows of the
+same phase, since batches shrink differently under speculation and the machine's pace drifts from
+minute to minute. Wall times decide. On a noisy machine, the same with
 each step counted as the median of its strategy at its live batch, over all rounds and both arms,
 shows what is due to the bandit's choices. Leaves out how steps are made.
 """
@@ -38,8 +39,8 @@ class Round:
 
     steps: Mapping[str, Sequence[StepStats]]
     """The bandit's, by phase."""
-    off_steps: Sequence[StepStats]
-    """Plain decoding's of the same rollouts, interleaved."""
+    off_steps: Mapping[str, Sequence[StepStats]]
+    """Plain decoding's of the same rollouts, interleaved, by phase."""
     alarm_step: int | None
     """Step of the bad phase at which the bandit noticed by itself."""
     exclusion_step: int | None
@@ -143,7 +144,7 @@ def by_live_batch(
 def all_steps(round_: Round) -> Iterator[StepStats]:
     """The bandit's and plain decoding's."""
     yield from chain.from_iterable(round_.steps.values())
-    yield from round_.off_steps
+    yield from chain.from_iterable(round_.off_steps.values())
 
 
 def median_seconds(steps: Iterable[StepStats]) -> dict[tuple[str, int], float]:
@@ -166,7 +167,9 @@ def buckets_of_round(
         pooled: steps of this and other rounds, which medians are of.
         thresholds: smallest live batch of each bucket, ascending.
     """
-    off_mean = by_live_batch(round_.off_steps, statistics.fmean)
+    off_means = {
+        phase: by_live_batch(steps, statistics.fmean) for phase, steps in round_.off_steps.items()
+    }
     off_median = by_live_batch((s for s in pooled if s.strategy.is_off), statistics.median)
     medians = median_seconds(pooled)
     found = {}
@@ -182,7 +185,7 @@ def buckets_of_round(
         if min(map(len, steps.values())) < NUM_GRACE_STEPS + MIN_JUDGED_STEPS:
             continue
         wall = {
-            phase: pace(some, [step.seconds for step in some], off_mean)
+            phase: pace(some, [step.seconds for step in some], off_means[phase])
             for phase, some in steps.items()
         }
         usual = {

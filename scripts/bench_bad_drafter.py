@@ -280,14 +280,14 @@ class Subject:
         bandit.load_state_dict(settled)
         bandit.reseed(number)
         recorder = Recorder(bandit)
-        off_steps: list[StepStats] = []
-        off = WatchedSelector(FixedStrategy("off"), off_steps.append)
+        off_steps: dict[str, list[StepStats]] = {phase: [] for phase in PHASES}
         bad = random_weights(self.good, seed=rng.randrange(2**31))
         self.engine.strategy_selector = recorder
         self.engine.load_drafter(self.good.items(), version=0)
         for version, phase in enumerate(PHASES):
             if phase != GOOD:
                 self._swap(recorder, bad if phase == BAD else self.good, version, scenario)
+            off = WatchedSelector(FixedStrategy("off"), off_steps[phase].append)
             for call in range(self.bench.phase_calls):
                 seed = self.bench.seed + number * self.bench.phase_calls + call  # in each phase
                 arms: dict[str, StrategySelector] = {"off": off, "adaptive": recorder}
@@ -325,16 +325,19 @@ def check_tokens(ours: Responses, off: Responses, where: str) -> None:
 
 # -- output --------------------------------------------------------------------------------------
 
-_STEP_COLUMNS = ("swap", "engine", "round", "phase", "live_batch", "strategy", "tokens", "seconds")
+_STEP_COLUMNS = (
+    *("swap", "engine", "round", "arm", "phase"),
+    *("live_batch", "strategy", "tokens", "seconds"),
+)
 
 
 def write_steps(writer: Any, key: Sequence[object], round_: Round) -> None:
-    """A line of CSV for each decode step; `off` is the phase of plain decoding."""
-    for phase, steps in {**round_.steps, "off": round_.off_steps}.items():
-        writer.writerows(
-            (*key, phase, step.batch_size, step.strategy, step.num_tokens, f"{step.seconds:.6f}")
-            for step in steps
-        )
+    """A line of CSV for each decode step, of the bandit and of plain decoding."""
+    for arm, by_phase in {"adaptive": round_.steps, "off": round_.off_steps}.items():
+        for phase, steps in by_phase.items():
+            for step in steps:
+                cells = step.batch_size, step.strategy, step.num_tokens, f"{step.seconds:.6f}"
+                writer.writerow((*key, arm, phase, *cells))
 
 
 def run(bench: BadDrafterBench) -> list[Figure]:

@@ -8,6 +8,7 @@ from bad_drafter_figures import (
     GOOD,
     MIN_JUDGED_STEPS,
     NUM_GRACE_STEPS,
+    PHASES,
     RECOVERED,
     BucketOfRound,
     Pace,
@@ -50,7 +51,9 @@ def made_up(bad: list[StepStats], recovered: list[StepStats]) -> Round:
     good = [step(TREE, 2 * OFF_SECONDS[size], size, accept=4) for size in (4, 3, 2) * 20]
     return Round(
         steps={GOOD: good, BAD: bad, RECOVERED: recovered},
-        off_steps=[one for size in OFF_SECONDS for one in plain(size, 3)],
+        off_steps={
+            phase: [one for size in OFF_SECONDS for one in plain(size, 3)] for phase in PHASES
+        },
         alarm_step=3,
         exclusion_step=None,
     )
@@ -65,6 +68,21 @@ def test_a_step_is_held_against_plain_steps_that_emit_its_tokens_at_its_live_bat
     assert bucket.back_ratio_of_medians == pytest.approx(2.0)
     assert bucket.recovery == pytest.approx(1.0)
     assert bucket.speculation_share == 1.0
+
+
+def test_a_machine_that_slows_down_between_phases_is_not_taken_for_the_bandits_doing():
+    """From one phase on everything takes a fifth longer, plain decoding and the same choices."""
+    usual = made_up(plain(2, 60), plain(2, 60))
+    for phase in (BAD, RECOVERED):
+        slow = [replace(one, seconds=1.2 * one.seconds) for one in plain(2, 60)]
+        drifted = replace(
+            usual,
+            steps={**usual.steps, phase: slow},
+            off_steps={**usual.off_steps, phase: slow},
+        )
+        bucket = shown(drifted)[2]
+        assert bucket.back_ratio == pytest.approx(1.0)
+        assert bucket.recovery == pytest.approx(0.5)
 
 
 def test_only_steps_after_those_of_grace_are_judged():

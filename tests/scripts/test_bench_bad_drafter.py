@@ -148,7 +148,8 @@ def test_steps_belong_to_the_phase_whose_drafter_served_them(scenario):
     lengths = [len(round_.steps[phase]) for phase in PHASES]
     assert lengths == [120 + late, 120, 120 - late]
     assert engine.serves_good == [True] * lengths[0] + [False] * lengths[1] + [True] * lengths[2]
-    assert [step.strategy.is_off for step in round_.off_steps] == [True] * 360
+    for steps in round_.off_steps.values():
+        assert [step.strategy.is_off for step in steps] == [True] * 120
     assert any(not step.strategy.is_off for step in round_.steps[GOOD])
 
 
@@ -220,14 +221,14 @@ def test_the_whole_in_miniature(tmp_path, capsys):
         assert entry["is_recovered"] == (entry["rounds"]["recovery"][1] >= 0.97)
     lines = list(csv.DictReader((tmp_path / "steps.csv").open()))
     phases = [line["phase"] for line in lines if line["swap"] == "silent"]
-    assert list(dict.fromkeys(phases)) == [GOOD, BAD, RECOVERED, "off"]
-    off = [line for line in lines if line["phase"] == "off"]
+    assert list(dict.fromkeys(phases)) == [GOOD, BAD, RECOVERED]
+    off = [line for line in lines if line["arm"] == "off"]
     assert {line["strategy"] for line in off} == {"off"}
     # Speculation or not, 4 rollouts of 60 tokens, of which decode steps emit all but the first.
     for swap in ("silent", "in_run", "published"):
         ours = [line for line in lines if line["swap"] == swap]
         for is_off in (True, False):
-            tokens = [int(line["tokens"]) for line in ours if (line["phase"] == "off") == is_off]
+            tokens = [int(line["tokens"]) for line in ours if (line["arm"] == "off") == is_off]
             assert sum(tokens) == 3 * 4 * 59
     assert len(capsys.readouterr().out.splitlines()) == 4 + len(found)
 
