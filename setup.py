@@ -51,5 +51,8 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["fastrl=fastrl.cli:main"]},
+    entry_points={
+        "console_scripts": ["fastrl=fastrl.cli:main"],
+        "sglang.srt.plugins": ["fastrl=fastrl.rollout.sglang_plugin:register"],
+    },
 )

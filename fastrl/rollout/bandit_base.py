@@ -149,6 +149,11 @@ class Bandit(ABC):
         """Choose none of these until told anew; `off` cannot be excluded."""
         self._excluded = {arm for arm in self.arms if arm in strategies and not arm.is_off}
 
+    def largest_batch(self, strategy: DraftStrategy) -> int | None:
+        """The most live rows that the arm may be chosen for; None for any number."""
+        limit = self._max_batch[self._arm_index[strategy]]
+        return None if limit == math.inf else int(limit)
+
     def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
         """None: step times are learnt from rollouts."""
         return ()

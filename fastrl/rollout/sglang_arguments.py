@@ -10,42 +10,58 @@ from typing import Any
 import torch
 
 from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit_base import Bandit
 from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.sglang_plugin import ALGORITHM
+from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.types import DraftStrategy
 
 
-def fixed_strategy(selector: StrategySelector, drafter_path: str | None) -> DraftStrategy:
-    """The one strategy of the selector; ValueError for what stock SGLang cannot run."""
-    if not isinstance(selector, FixedStrategy):
-        raise ValueError(
-            f"{type(selector).__name__} cannot choose strategies of stock SGLang, which runs one "
-            f"from start to end; adaptation comes with FastRL's SGLang plugin: leave out the "
-            f"StrategyAdaptation callback and set engine.strategy, or use TorchEngine"
-        )
-    strategy = selector.strategy
-    if strategy.drafter == "ngram":
-        raise ValueError(
-            f"strategy {strategy}: stock SGLang does not draft n-gram trees as FastRL does; set "
-            f"engine.strategy to a tree of the learned drafter or 'off', or use TorchEngine"
-        )
-    if strategy.needs_learned_drafter and drafter_path is None:
-        raise ValueError(
-            f"strategy {strategy} needs a drafter, but engine.drafter_path is null; set it to a "
-            f"drafter checkpoint, or use strategy 'off'"
-        )
-    return strategy
+def checked_strategies(
+    selector: StrategySelector, drafter_path: str | None
+) -> tuple[DraftStrategy, ...]:
+    """All strategies of the selector; ValueError for what SGLang cannot run."""
+    for strategy in selector.strategies:
+        if strategy.drafter == "ngram":
+            raise ValueError(
+                f"strategy {strategy}: SGLang does not draft n-gram trees as FastRL does; use "
+                f"trees of the learned drafter and 'off', or TorchEngine"
+            )
+        if strategy.needs_learned_drafter and drafter_path is None:
+            raise ValueError(
+                f"strategy {strategy} needs a drafter, but engine.drafter_path is null; set it to "
+                f"a drafter checkpoint, or use strategy 'off'"
+            )
+    return tuple(selector.strategies)
 
 
-def speculation_arguments(strategy: DraftStrategy, drafter_path: str | None) -> dict[str, Any]:
-    """A strategy in SGLang's words; nothing for plain decoding."""
-    if strategy.is_off:
+def strategy_pool(selector: StrategySelector, max_batch_size: int) -> StrategyPool | None:
+    """What to prepare SGLang for so that the selector can choose at each step; None for one that
+    always runs the same, which stock SGLang does."""
+    trees = [strategy for strategy in selector.strategies if not strategy.is_off]
+    if isinstance(selector, FixedStrategy) or not trees:
+        return None
+    limits: dict[DraftStrategy, int | None] = {}
+    for tree in trees:
+        limit = selector.largest_batch(tree) if isinstance(selector, Bandit) else None
+        limits[tree] = None if limit is None or limit >= max_batch_size else limit
+    return StrategyPool(largest_batch=limits)
+
+
+def speculation_arguments(
+    strategies: tuple[DraftStrategy, ...], pool: StrategyPool | None, drafter_path: str | None
+) -> dict[str, Any]:
+    """Strategies in SGLang's words: the largest of a pool's, or the only one; nothing for plain
+    decoding."""
+    largest = pool if pool is not None else strategies[0]
+    if largest.depth == 0:
         return {}
     return {
-        "speculative_algorithm": "EAGLE",
+        "speculative_algorithm": "EAGLE" if pool is None else ALGORITHM,
         "speculative_draft_model_path": drafter_path,
-        "speculative_num_steps": strategy.depth,
-        "speculative_eagle_topk": strategy.topk,
-        "speculative_num_draft_tokens": strategy.verify_tokens,
+        "speculative_num_steps": largest.depth,
+        "speculative_eagle_topk": largest.topk,
+        "speculative_num_draft_tokens": largest.verify_tokens,
     }
 
 

@@ -3,11 +3,13 @@
 This file keeps the contract `RolloutEngine`: what is asked of SGLang, and when. How its processes
 are kept is told in sglang_process.py, what runs in them in sglang_host.py, with which arguments in
 sglang_arguments.py, how weights get there in sglang_weights.py, and how records are translated in
-sglang_rollouts.py.
+sglang_rollouts.py. With a selector that can choose (a bandit, set before `start`) SGLang runs
+FastRL's plugin (sglang_plugin.py, sglang_worker.py), which asks it before each decode step;
+sglang_adaptation.py brings it there and back. Otherwise SGLang runs as it is.
 
-Leaves out adaptation: stock SGLang runs one strategy from start to end. Randomness is seeded by
-request, and so reproducible; but with speculation on SGLang draws other numbers than with it off:
-the distribution is the same, the tokens are not.
+Randomness is seeded by request, and so reproducible as long as the strategies are; but with
+speculation on SGLang draws other numbers than with it off: the distribution is the same, the tokens
+are not.
 """
 
 from __future__ import annotations
@@ -29,22 +31,27 @@ from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
 from fastrl.rollout.end_of_sequence import eos_token_ids
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector
 from fastrl.rollout.sampling import request_key
+from fastrl.rollout.sglang_adaptation import answer_cost_queries, check_in_pool, lent, take_back
 from fastrl.rollout.sglang_arguments import (
     check_not_ours,
-    fixed_strategy,
+    checked_strategies,
     place_arguments,
     speculation_arguments,
+    strategy_pool,
 )
+from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.rollout.sglang_process import EngineProcess, RawResponse, Role, StartedEngine
 from fastrl.rollout.sglang_rollouts import (
     as_rollout,
     check_prompt,
     check_sampling,
+    counted_statistics,
     longest_sequence,
     num_top_logprobs,
     sglang_sampling,
     statistics,
 )
+from fastrl.rollout.sglang_steps import SessionReport
 from fastrl.rollout.sglang_weights import (
     MESSAGE_TIMEOUT_S,
     WeightPublisher,
@@ -61,7 +68,10 @@ class _Running:
 
     process: EngineProcess
     engine: StartedEngine
-    strategy: DraftStrategy
+    strategies: tuple[DraftStrategy, ...]
+    """That it can run; the only one without a pool."""
+    pool: StrategyPool | None
+    """What it can switch between; None for stock SGLang."""
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
@@ -77,7 +87,8 @@ class SGLangEngine:
 
     Args:
         drafter_path: Folder of the EAGLE drafter to speculate with; null: none.
-        strategy: Draft tree of every step, as depth_topk_verifytokens ('4_2_8'), or 'off'.
+        strategy: Draft tree of every step, as depth_topk_verifytokens ('4_2_8'), or 'off'; a bandit
+            (StrategyAdaptation) takes its place.
         max_batch_size: Most rollouts decoded at once; others wait in a queue.
         dtype: Numbers to compute in, and of the published weights.
         device: Where to compute: 'cpu', 'cuda', 'cuda:1', or 'auto' for a GPU if there is one; with
@@ -146,6 +157,7 @@ class SGLangEngine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         self._dtype = dtype
+        self._max_batch_size = max_batch_size
         self._hidden_states = hidden_states
         self._memory_saver = memory_saver
         self._bucket_mib = bucket_mib
@@ -183,7 +195,8 @@ class SGLangEngine:
                 weights of SGLang's model that a publication would not reach.
             EngineError: SGLang did not start within start_timeout_s; nothing of it is left.
         """
-        strategy = fixed_strategy(self.strategy_selector, self.drafter_path)
+        strategies = checked_strategies(self.strategy_selector, self.drafter_path)
+        pool = strategy_pool(self.strategy_selector, self._max_batch_size)
         if not (Path(model_path) / "config.json").is_file():
             raise FileNotFoundError(
                 f"model folder {model_path} has no config.json; expected a Hugging Face checkpoint "
@@ -192,17 +205,20 @@ class SGLangEngine:
         config = AutoConfig.from_pretrained(model_path).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         drafter = None
-        if not strategy.is_off and self.drafter_path is not None:
+        if self.drafter_path is not None and any(not strategy.is_off for strategy in strategies):
             drafter = EagleDrafter.from_pretrained(self.drafter_path, config)
-        server_args = self._all_server_args(model_path, strategy)
+        server_args = self._all_server_args(model_path, strategies, pool)
         with ExitStack() as on_failure:
             process = EngineProcess(self._new_log())
             on_failure.callback(process.end)
-            engine = process.call("start", self._start_timeout_s, server_args=server_args)
+            engine = process.call(
+                "start", self._start_timeout_s, server_args=server_args, pool=pool
+            )
             running = _Running(
                 process=process,
                 engine=engine,
-                strategy=strategy,
+                strategies=strategies if pool is None else tuple(pool.strategies),
+                pool=pool,
                 config=config,
                 tokenizer=tokenizer,
                 eos_token_ids=eos_token_ids(model_path, config, tokenizer),
@@ -249,8 +265,8 @@ class SGLangEngine:
         if running.drafter is None:
             raise ValueError(
                 f"load_drafter: the engine has no drafter (engine.drafter_path "
-                f"{self.drafter_path}, strategy {running.strategy}); set engine.drafter_path and a "
-                f"strategy that uses it, e.g. engine.strategy '4_2_8'"
+                f"{self.drafter_path}, strategy {running.strategies[0]}); set engine.drafter_path "
+                f"and a strategy that uses it, e.g. engine.strategy '4_2_8'"
             )
         running.has_drafter, self._drafter_version = False, -1
         running.drafter.publish(without_shared(named_tensors))
@@ -312,12 +328,14 @@ class SGLangEngine:
             raise ValueError("the engine is not started: call start(model_path) first")
         return self._running
 
-    def _all_server_args(self, model_path: str, strategy: DraftStrategy) -> dict[str, Any]:
+    def _all_server_args(
+        self, model_path: str, strategies: tuple[DraftStrategy, ...], pool: StrategyPool | None
+    ) -> dict[str, Any]:
         ours = (
             self._server_args
             | {"model_path": model_path}
             | place_arguments(self._device)
-            | speculation_arguments(strategy, self.drafter_path)
+            | speculation_arguments(strategies, pool, self.drafter_path)
         )
         check_not_ours(self._further_args, ours)
         return ours | self._further_args
@@ -365,7 +383,7 @@ class SGLangEngine:
         started = perf_counter()
         running = self._started()
         self._check_ready(running, sampling, return_hidden_states)
-        max_sequence = longest_sequence(running.config.max_position_embeddings, running.strategy)
+        max_sequence = longest_sequence(running.config.max_position_embeddings, running.strategies)
         for prompt in prompts:
             check_prompt(
                 prompt,
@@ -375,24 +393,29 @@ class SGLangEngine:
             )
         requests = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
         raws: list[RawResponse] = []
+        report: SessionReport | None = None
         if requests:
-            raws = running.process.call(
-                "generate",
-                self._generate_timeout_s,
-                prompts=[prompt.tokens for prompt, _ in requests],
-                sampling=[
-                    sglang_sampling(
-                        sampling,
-                        num_prompt_tokens=len(prompt.tokens),
-                        max_sequence=max_sequence,
-                        eos_token_ids=running.eos_token_ids,
-                        key=request_key(seed, rl_step, prompt.prompt_id, sample),
-                    )
-                    for prompt, sample in requests
-                ],
-                num_top_logprobs=num_top_logprobs(sampling, running.config.vocab_size),
-                return_hidden_states=return_hidden_states,
-            )
+            if running.pool is not None:
+                self._answer_cost_queries(running, prompts, sampling, max_sequence)
+            with lent(self.strategy_selector) as selector:
+                raws, report = running.process.call(
+                    "generate",
+                    self._generate_timeout_s,
+                    prompts=[prompt.tokens for prompt, _ in requests],
+                    sampling=[
+                        sglang_sampling(
+                            sampling,
+                            num_prompt_tokens=len(prompt.tokens),
+                            max_sequence=max_sequence,
+                            eos_token_ids=running.eos_token_ids,
+                            key=request_key(seed, rl_step, prompt.prompt_id, sample),
+                        )
+                        for prompt, sample in requests
+                    ],
+                    num_top_logprobs=num_top_logprobs(sampling, running.config.vocab_size),
+                    return_hidden_states=return_hidden_states,
+                    selector=selector if running.pool is not None else None,
+                )
         rollouts = [
             as_rollout(
                 raw,
@@ -404,15 +427,45 @@ class SGLangEngine:
             )
             for raw, (prompt, sample) in zip(raws, requests, strict=True)
         ]
-        self._stats = statistics(
-            raws,
-            running.strategy,
-            num_prompt_tokens=sum(len(prompt.tokens) for prompt, _ in requests),
-            seconds=perf_counter() - started,
-        )
+        num_prompt_tokens = sum(len(prompt.tokens) for prompt, _ in requests)
+        if report is not None:
+            take_back(self.strategy_selector, report)
+            self._stats = counted_statistics(
+                report.stats,
+                raws,
+                num_prompt_tokens=num_prompt_tokens,
+                seconds=perf_counter() - started,
+            )
+        else:
+            self._stats = statistics(
+                raws,
+                running.strategies[0],
+                num_prompt_tokens=num_prompt_tokens,
+                seconds=perf_counter() - started,
+            )
         if self.on_idle is not None and self.others_generate():
             self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
         return rollouts
+
+    def _answer_cost_queries(
+        self,
+        running: _Running,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        max_sequence: int,
+    ) -> None:
+        longest_prompt = max(len(prompt.tokens) for prompt in prompts)
+        answer_cost_queries(
+            running.process,
+            self._generate_timeout_s,
+            self.strategy_selector,
+            max_batch_size=self._max_batch_size,
+            max_context=longest_prompt + sampling.max_tokens,
+            max_sequence=max_sequence,
+            pool_tokens=running.engine.pool_tokens,
+            vocab_size=running.config.vocab_size,
+            sampling=sampling,
+        )
 
     def _check_ready(
         self, running: _Running, sampling: SamplingParams, return_hidden_states: bool
@@ -424,13 +477,7 @@ class SGLangEngine:
                 "the engine's drafter is not whole, since it slept or a publication failed: call "
                 "load_drafter before generate"
             )
-        if (
-            strategy := fixed_strategy(self.strategy_selector, self.drafter_path)
-        ) != running.strategy:
-            raise ValueError(
-                f"the engine runs strategy {running.strategy}, which stock SGLang cannot change to "
-                f"{strategy} after its start: close the engine, and start it anew"
-            )
+        check_in_pool(self.strategy_selector, running.strategies)
         if return_hidden_states and not self._hidden_states:
             raise ValueError(
                 "generate: SGLang was not started for hidden states; set engine.hidden_states: true"

@@ -1,4 +1,4 @@
-"""The child process that owns SGLang's engine: the only file here that imports sglang.
+"""The child process that owns SGLang's engine.
 
 It answers the trainer's messages one at a time (sglang_process.py). What the versions of SGLang
 from 0.5.17 to 0.5.21 do differently is settled here. When it ends, for whatever reason, its process
@@ -18,13 +18,19 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.sglang_plugin import ALGORITHM, RPC_PREFIX, packed, unpacked
+from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.rollout.sglang_process import RawResponse, Role, StartedEngine
+from fastrl.rollout.sglang_steps import Rehearsal, RequestSteps, SessionReport
 
 _WATCH_INTERVAL_S = 0.5
 _OLDEST, _TOO_NEW = (0, 5, 17), (0, 5, 22)
@@ -46,11 +52,18 @@ class EngineHost:
         self._engine: Any = None
         self._tp_size = 1
 
-    def serve_start(self, server_args: Mapping[str, Any]) -> StartedEngine:
-        """Start the engine with SGLang's own arguments."""
+    def serve_start(
+        self, server_args: Mapping[str, Any], pool: StrategyPool | None
+    ) -> StartedEngine:
+        """Start the engine with SGLang's own arguments; with a pool, under FastRL's plugin."""
         import sglang
 
         server_args = dict(server_args)
+        if pool is not None:
+            _check_plugin()
+            pool.write_to(os.environ)
+            # After a plain step the plugin has the drafter read nothing, or many tokens at once.
+            os.environ["SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND"] = "1"
         if not self._has_update_sessions:
             loaders = server_args.get("custom_weight_loader") or []
             server_args["custom_weight_loader"] = [*loaders, DRAFTER_LOADER]
@@ -69,16 +82,21 @@ class EngineHost:
         sampling: Sequence[Mapping[str, Any]],
         num_top_logprobs: int,
         return_hidden_states: bool,
-    ) -> list[RawResponse]:
-        """One response a prompt.
+        selector: StrategySelector | None,
+    ) -> tuple[list[RawResponse], SessionReport | None]:
+        """One response a prompt; with a selector, which chooses each step's strategy, what the
+        steps did.
 
         A prefix found in the cache has no hidden states, so where they are asked for, each request
         gets a part of the cache of its own.
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
+        if selector is not None:
+            self._ask("begin", selector=selector, rehearsal=None)
         keys = [f"{time.monotonic_ns()}-{number}" for number in range(len(prompts))]
         request = GenerateReqInput(
+            rid=list(keys),
             input_ids=[list(prompt) for prompt in prompts],
             sampling_params=[dict(one) for one in sampling],
             return_logprob=True,
@@ -86,11 +104,56 @@ class EngineHost:
             return_hidden_states=return_hidden_states,
             extra_key=keys if return_hidden_states else None,
         )
-        answers = self._engine.tokenizer_manager.generate_request(request, None)
-        return [
+        answers = self._wait(anext(self._engine.tokenizer_manager.generate_request(request, None)))
+        report: SessionReport | None = None
+        if selector is not None:
+            report = self._ask("finish")
+        steps = {} if report is None else report.requests
+        raws = [
             _raw_response(answer["output_ids"], answer["meta_info"], num_top_logprobs)
-            for answer in self._wait(anext(answers))
+            for answer in answers
         ]
+        if report is not None:  # one that ended with its prefill has none
+            raws = [
+                replace(raw, steps=steps.get(key, RequestSteps()))
+                for raw, key in zip(raws, keys, strict=True)
+            ]
+            report = replace(report, requests={})
+        return raws, report
+
+    def serve_rehearse(
+        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], rehearsal: Rehearsal
+    ) -> SessionReport:
+        """Run the strategies in turn over these prompts' rows; what their steps took."""
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        self._ask("begin", selector=None, rehearsal=rehearsal)
+        request = GenerateReqInput(
+            input_ids=[list(prompt) for prompt in prompts], sampling_params=dict(sampling)
+        )
+        self._wait(anext(self._engine.tokenizer_manager.generate_request(request, None)))
+        report: SessionReport = self._ask("finish")
+        self._flush()
+        return report
+
+    def serve_graph_memory(self) -> dict[str, float]:
+        """GiB that each strategy's graphs and buffers took."""
+        gib: dict[str, float] = self._ask("graph_memory")
+        return gib
+
+    def _ask(self, method: str, **arguments: Any) -> Any:
+        """FastRL's worker, over SGLang's RPC."""
+        from sglang.srt.entrypoints import engine as transport
+        from sglang.srt.managers.io_struct import RpcReqInput
+
+        request = RpcReqInput(
+            method=f"{RPC_PREFIX}{method}", parameters={"packed": packed(arguments)}
+        )
+        transport.sock_send(self._engine.send_to_rpc, request)
+        answer = transport.sock_recv(self._engine.send_to_rpc)
+        if not answer.success:
+            raise RuntimeError(f"FastRL's worker refused {method}: {answer.message}")
+        return unpacked(answer.message)
 
     # -- weights ----------------------------------------------------------------------------------
 
@@ -120,6 +183,9 @@ class EngineHost:
         """After the buckets of one publication: what the old weights computed is forgotten."""
         if self._has_update_sessions:
             self._check(self._engine.end_weight_update())
+        self._flush()
+
+    def _flush(self) -> None:
         flushed = self._engine.flush_cache()
         self._check((flushed.success, "the cache could not be emptied"))
 
@@ -159,6 +225,15 @@ class EngineHost:
         success, message = answer[:2]
         if not success:
             raise RuntimeError(f"SGLang refused it: {message}")
+
+
+def _check_plugin() -> None:
+    """SGLang finds plugins by the metadata of installed packages."""
+    if not any(found.name == "fastrl" for found in entry_points(group="sglang.srt.plugins")):
+        raise RuntimeError(
+            f"SGLang finds no plugin of FastRL, which algorithm {ALGORITHM} comes with: install "
+            f"the package in the environment of SGLang (pip install -e .), a PYTHONPATH does not do"
+        )
 
 
 DRAFTER_LOADER = "fastrl.rollout.sglang_host.load_drafter_only"

@@ -26,6 +26,8 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrl.rollout.sglang_steps import RequestSteps
+
 Role = Literal["target", "draft"]
 """Which of an engine's two models."""
 
@@ -80,6 +82,8 @@ class RawResponse:
     """[n]: verification steps that accepted n draft tokens; empty without speculation."""
     hidden_TD: NDArray[np.float32] | None
     """One row for each token of the prompt and the response but the last, where asked for."""
+    steps: RequestSteps | None = None
+    """Its decode steps in order, where FastRL's plugin counts them."""
 
 
 class EngineProcess:

@@ -7,6 +7,7 @@ each position, with K = top_k, they are renormalized here to the distribution th
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,12 +31,11 @@ _MARGIN = 2
 """SGLang ends a response that many tokens before the model's context, or its cache's end."""
 
 
-def longest_sequence(max_context: int, strategy: DraftStrategy) -> int:
+def longest_sequence(max_context: int, strategies: Sequence[DraftStrategy]) -> int:
     """Most tokens of prompt and response together: with speculation SGLang keeps room for a whole
-    draft tree within the model's context."""
-    if strategy.is_off:
-        return max_context - _MARGIN
-    return max_context - max(_MARGIN, strategy.topk * strategy.depth, strategy.verify_tokens)
+    draft tree within the model's context, one as deep, as wide and as large as any of them."""
+    num_drafted = max(one.topk for one in strategies) * max(one.depth for one in strategies)
+    return max_context - max(_MARGIN, num_drafted, *(one.verify_tokens for one in strategies))
 
 
 def check_sampling(sampling: SamplingParams) -> None:
@@ -104,9 +104,9 @@ def as_rollout(
 ) -> Rollout:
     """One response as the contract has it.
 
-    Of its verification steps SGLang tells how many accepted how many tokens, not in which order:
-    `accept_lengths` are sorted, and what the last step verified beyond the response's end is taken
-    off the longest.
+    What the last step verified beyond the response's end is taken off. Without FastRL's plugin,
+    SGLang tells how many verification steps accepted how many tokens, not in which order:
+    `accept_lengths` are then sorted.
 
     Raises:
         FloatingPointError: the policy's logits were not numbers.
@@ -135,8 +135,23 @@ def as_rollout(
         finish_reason=FinishReason(raw.finish_type),
         policy_version=policy_version,
         accept_lengths=_accept_lengths(raw),
-        num_verify_steps=sum(raw.steps_by_num_accepted),
+        num_verify_steps=sum(raw.steps_by_num_accepted)
+        if raw.steps is None
+        else raw.steps.num_verify_steps,
         hidden_states=None if raw.hidden_TD is None else torch.from_numpy(raw.hidden_TD),
+    )
+
+
+def counted_statistics(
+    counted: EngineStats, raws: Sequence[RawResponse], *, num_prompt_tokens: int, seconds: float
+) -> EngineStats:
+    """What a call did, its steps as FastRL's plugin counted them."""
+    return dataclasses.replace(
+        counted,
+        num_rollouts=len(raws),
+        num_tokens=sum(len(raw.tokens) for raw in raws),
+        num_prompt_tokens=num_prompt_tokens - sum(raw.num_cached_tokens for raw in raws),
+        seconds=seconds,
     )
 
 
@@ -179,6 +194,19 @@ def _at_least(counts: Mapping[int, int], thresholds: range) -> tuple[int, ...]:
     )
 
 
+def _accept_lengths_in_order(lengths: Sequence[int], num_decoded: int) -> tuple[int, ...]:
+    """Those of the tokens that were kept. A response that SGLang set aside for want of cache comes
+    back by a prefill, whose token counts as one of a step of its own."""
+    kept: list[int] = []
+    rest = num_decoded
+    for length in lengths:
+        if not rest:
+            break
+        kept.append(min(length, rest))
+        rest -= kept[-1]
+    return (*kept, *(1 for _ in range(rest)))
+
+
 def _logprobs(raw: RawResponse, sampling: SamplingParams) -> tuple[float, ...]:
     """Under the distribution that was sampled from, its filters included."""
     if sampling.temperature == 0:
@@ -194,8 +222,10 @@ def _logprobs(raw: RawResponse, sampling: SamplingParams) -> tuple[float, ...]:
 
 
 def _accept_lengths(raw: RawResponse) -> tuple[int, ...]:
-    """Tokens of each decode step, ascending; the first token comes from the prefill."""
+    """Tokens of each decode step; the first token comes from the prefill."""
     num_decoded = len(raw.tokens) - 1
+    if raw.steps is not None:
+        return _accept_lengths_in_order(raw.steps.accept_lengths, num_decoded)
     if not raw.steps_by_num_accepted:
         return (1,) * num_decoded
     lengths = [

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastrl.rollout.accept import Acceptance, accept
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sampling import log_distribution, position_uniforms, sample_inverse_cdf
+from fastrl.rollout.step_statistics import StatisticsRecorder
 from fastrl.rollout.torch_engine.cache_views import CausalView, TreeView
 from fastrl.rollout.torch_engine.drafting import Drafting
 from fastrl.rollout.torch_engine.kv_cache import KVCache
@@ -29,7 +30,6 @@ from fastrl.rollout.torch_engine.ngram_drafting import NgramDrafting
 from fastrl.rollout.torch_engine.prefill import PromptState, prefill
 from fastrl.rollout.torch_engine.requests import EndOfResponse
 from fastrl.rollout.torch_engine.rows import LiveRows, Request
-from fastrl.rollout.torch_engine.statistics import StatisticsRecorder
 from fastrl.rollout.torch_engine.target import TargetModel
 from fastrl.rollout.tree import DraftTree, root_only
 from fastrl.types import DraftStrategy, FinishReason, Rollout, SamplingParams, StepStats

@@ -1,0 +1,124 @@
+"""The trainer's side of adaptation inside SGLang: its selector goes there and comes back.
+
+The bandit that the trainer holds decides in SGLang's scheduler: each `generate` call sends it there
+with its state, and takes back what it has learned (sglang_steps.py). In between nothing else holds
+it, so callbacks report, discount, save and restore it as they do beside the embedded engine.
+
+Its questions about step times are answered by rehearsals: decode steps of every strategy, in turn,
+over rows of random tokens, in the very engine that the rollouts use. Leaves out how it decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastrl.rollout.bandit_base import Bandit
+from fastrl.rollout.engine import CostQuery, StrategySelector
+from fastrl.rollout.sglang_process import EngineProcess
+from fastrl.rollout.sglang_steps import Rehearsal, SessionReport
+from fastrl.types import SamplingParams
+
+_STEPS = 6
+"""Of each strategy, the first of which warms up."""
+
+
+@contextmanager
+def lent(selector: StrategySelector) -> Iterator[StrategySelector]:
+    """The selector as it is sent away: its journal, which may be long, stays here."""
+    if not isinstance(selector, Bandit) or selector.journal is None:
+        yield selector
+        return
+    journal, selector.journal = selector.journal, []
+    try:
+        yield selector
+    finally:
+        selector.journal = journal
+
+
+def take_back(selector: StrategySelector, report: SessionReport) -> None:
+    """Let the selector know what it learned while it was away."""
+    if not isinstance(selector, Bandit) or report.bandit_state is None:
+        return
+    selector.load_state_dict(report.bandit_state)
+    if selector.journal is not None and report.journal is not None:
+        selector.journal.extend(report.journal)
+
+
+def answer_cost_queries(
+    process: EngineProcess,
+    timeout_s: float,
+    selector: StrategySelector,
+    *,
+    max_batch_size: int,
+    max_context: int,
+    max_sequence: int,
+    pool_tokens: int,
+    vocab_size: int,
+    sampling: SamplingParams,
+) -> None:
+    """Time what the selector asks for; one that has been answered asks for nothing more.
+
+    Args:
+        process: SGLang's.
+        timeout_s: seconds that one rehearsal may take.
+        selector: told each step's seconds, the second smallest of those timed.
+        max_batch_size: most rows decoded at once.
+        max_context: longest that rollouts can become, in tokens.
+        max_sequence: longest that the engine serves.
+        pool_tokens: that the cache holds; what has no room in it is not rehearsed.
+        vocab_size: tokens to draw contexts from.
+        sampling: of the rollouts to come.
+    """
+    queries = selector.cost_queries(max_batch_size, min(max_context, max_sequence))
+    groups: dict[tuple[int, int], list[CostQuery]] = {}
+    for query in queries:
+        groups.setdefault((query.batch_size, query.context_tokens), []).append(query)
+    for (batch_size, context_tokens), asked in groups.items():
+        strategies = [query.strategy for query in asked]
+        num_tokens = 2 + sum((strategy.depth + 1) * _STEPS for strategy in strategies)
+        largest = max(max(one.topk * one.depth, one.verify_tokens) for one in strategies)
+        room = min(max_sequence, pool_tokens // batch_size) - num_tokens - 3 * largest
+        context_tokens = min(context_tokens, room)
+        if context_tokens < 1:
+            continue
+        report: SessionReport = process.call(
+            "rehearse",
+            timeout_s,
+            prompts=_random_prompts(batch_size, context_tokens, vocab_size),
+            sampling=_endless(sampling, num_tokens),
+            rehearsal=Rehearsal(strategies=strategies, batch_size=batch_size, num_steps=_STEPS),
+        )
+        for query in asked:
+            if timed := report.step_seconds.get(str(query.strategy), ())[1:]:
+                cut = dataclasses.replace(query, context_tokens=context_tokens)
+                selector.record_cost(cut, sorted(timed)[:2][-1])
+
+
+def _random_prompts(num_prompts: int, num_tokens: int, vocab_size: int) -> list[list[int]]:
+    """Each another one: what they share would be read once for all."""
+    rng = random.Random(0)
+    return [[rng.randrange(vocab_size) for _ in range(num_tokens)] for _ in range(num_prompts)]
+
+
+def _endless(sampling: SamplingParams, num_tokens: int) -> dict[str, Any]:
+    """SGLang's sampling parameters of a row that nothing ends before so many tokens."""
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or -1,
+        "max_new_tokens": num_tokens,
+        "ignore_eos": True,
+        "sampling_seed": 0,
+    }
+
+
+def check_in_pool(selector: StrategySelector, prepared: Sequence[Any]) -> None:
+    """Raise ValueError for a selector with strategies that the engine was not started for."""
+    if missing := [str(one) for one in selector.strategies if one not in prepared]:
+        raise ValueError(
+            f"the engine was started for strategies {[str(one) for one in prepared]}, and cannot "
+            f"run {missing}: close it, and start it anew with a selector that has them all"
+        )

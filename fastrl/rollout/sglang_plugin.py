@@ -1,0 +1,96 @@
+"""FastRL's plugin for SGLang: a speculative algorithm that changes its draft tree at every step.
+
+SGLang loads `register` by the entry point in group `sglang.srt.plugins` (setup.py), in each of its
+processes. It registers the algorithm `FASTRL`, which is SGLang's own EAGLE in all but the worker
+(sglang_worker.py), and lets the trainer's side talk to that worker over SGLang's RPC: a request
+whose method begins with `fastrl_` is answered by the worker, and its answer goes back in the
+message. An SGLang that runs another algorithm is left as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+ALGORITHM = "FASTRL"
+RPC_PREFIX = "fastrl_"
+
+_OWN_METHODS = frozenset({"register", "from_string", "create_worker", "handle_server_args"})
+
+
+def register() -> None:
+    """Called by SGLang before it reads its arguments."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    enter = SpeculativeAlgorithm.register(
+        ALGORITHM, supports_overlap=True, spec_class=_eagle_but_worker()
+    )
+    enter(_worker_class)
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.handle_rpc_request",
+        _answer_rpc,
+        HookType.AROUND,
+    )
+
+
+def _worker_class(server_args: Any) -> type:
+    """In the scheduler alone: its imports are SGLang's whole engine."""
+    from fastrl.rollout.sglang_worker import SwitchingWorker
+
+    return SwitchingWorker
+
+
+def _eagle_but_worker() -> type:
+    """What SGLang asks an algorithm, answered as EAGLE does."""
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+
+    def as_eagle(name: str) -> Callable[..., Any]:
+        def answer(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(SpeculativeAlgorithm.EAGLE, name)(*args, **kwargs)
+
+        return answer
+
+    methods: dict[str, Any] = {
+        name: as_eagle(name)
+        for name, value in vars(SpeculativeAlgorithm).items()
+        if callable(value) and not name.startswith("_") and name not in _OWN_METHODS
+    }
+    methods["handle_server_args"] = _settle_arguments
+    return type("FastRLAlgorithm", (CustomSpecAlgo,), methods)
+
+
+def _settle_arguments(self: Any, server_args: Any) -> None:
+    """What SGLang settles for EAGLE, as far as our arguments leave it open."""
+    if server_args.device == "cpu":
+        server_args.disable_overlap_schedule = True
+    server_args.enable_mixed_chunk = False  # a step mixed with a prefill cannot speculate
+
+
+def _answer_rpc(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """In the scheduler: a request for our worker, or one that SGLang answers."""
+    if not request.method.startswith(RPC_PREFIX):
+        return original(scheduler, request)
+    from sglang.srt.managers.io_struct import RpcReqOutput
+
+    method = request.method.removeprefix(RPC_PREFIX)
+    try:
+        answer = getattr(scheduler.draft_worker, f"serve_{method}")(
+            **unpacked(request.parameters["packed"])
+        )
+    except Exception as error:
+        return RpcReqOutput(success=False, message=f"{type(error).__name__}: {error}")
+    return RpcReqOutput(success=True, message=packed(answer))
+
+
+def packed(value: Any) -> str:
+    """As text: SGLang's RPC carries nothing else."""
+    return base64.b64encode(pickle.dumps(value)).decode("ascii")
+
+
+def unpacked(text: str) -> Any:
+    """What `packed` was given, by our own processes."""
+    return pickle.loads(base64.b64decode(text))

@@ -1,0 +1,395 @@
+"""The speculative worker that FastRL's plugin puts into SGLang's scheduler.
+
+A worker over SGLang's `EAGLEWorkerV2`: it holds what each strategy of the pool needs at run time
+(sglang_states.py) and, before each decode batch, asks the session (sglang_steps.py) for a strategy
+and puts that one in force. Nothing is prefilled anew for it. Three things make that possible:
+
+- What a step hands on to the next one, the drafter's best tokens, has the width of the widest tree;
+  a narrower one takes the first of them.
+- Plain decoding is the verification of a root alone, in CUDA graphs of its own. The drafter does
+  not read along: the target's hidden states are kept, and read by it all at once when they fill
+  their buffer, or when a tree is next (`_catch_up`).
+- SGLang reserves cache and context for the largest tree, whichever is in force.
+
+Under tensor parallelism rank 0 decides, and tells the others: their choices are the same by
+construction. Leaves out weights and sampling, which are SGLang's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sglang.srt.layers.moe.utils import (
+    speculative_moe_a2a_backend_context,
+    speculative_moe_backend_context,
+)
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative import eagle_worker_common
+from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleDraftInput
+from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
+from sglang.srt.speculative.eagle_worker_common import prepare_for_draft_extend
+from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker, EAGLEWorkerV2
+from sglang.srt.speculative.spec_utils import fast_topk, renorm_draft_probs
+from torch import Tensor
+
+from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.sglang_pool import StrategyPool
+from fastrl.rollout.sglang_states import StateBuilder, StrategyState
+from fastrl.rollout.sglang_steps import (
+    DecodeSession,
+    DecodeStep,
+    HostMark,
+    Mark,
+    Rehearsal,
+    SessionReport,
+    VerifiedTree,
+)
+from fastrl.types import OFF, DraftStrategy
+
+MOST_UNREAD_TOKENS = 16
+"""Tokens of a row that plain decoding leaves to the drafter to read at once, at most."""
+
+
+class CudaMark:
+    """An event in the stream that is current where it is made."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def is_past(self) -> bool:
+        """Whether the device has passed it."""
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def seconds_to(self, later: CudaMark) -> float:
+        """From here to a later mark; both are past."""
+        return float(self._event.elapsed_time(later._event)) / 1000
+
+
+class SwitchingDraftWorker(EagleDraftWorker):  # type: ignore[misc]
+    """The drafter's side: what it hands on has the width of the pool's widest tree."""
+
+    topk: int
+    relay_topk: int
+    _topk1_parents_prealloc: Tensor | None
+    _topk1_score_indices_prealloc: Tensor | None
+    chain_buffers: dict[int, tuple[Tensor | None, Tensor | None]]
+
+    def draft(self, batch: Any, **kwargs: Any) -> Any:
+        """The draft tree of the strategy in force."""
+        carried = batch.spec_info
+        if carried is not None and carried.topk_p is not None:
+            carried.topk_p = carried.topk_p[:, : self.topk].contiguous()
+            carried.topk_index = carried.topk_index[:, : self.topk].contiguous()
+        return super().draft(batch, **kwargs)
+
+    def _capture_cuda_graphs(self) -> None:
+        """The states have graphs of their own (sglang_states.py)."""
+        self.cuda_graph_runner = None
+        self.cuda_graph_runner_for_draft_extend = None
+
+    def _rebuild_topk1_chain_buffers(self) -> None:
+        """One pair for each length of chain, since captured graphs hold on to them."""
+        num_steps = self.speculative_num_steps
+        if self.topk != 1 or self.speculative_num_draft_tokens != num_steps + 1:
+            return  # a tree, or half of a switch is done
+        if num_steps not in self.chain_buffers:
+            super()._rebuild_topk1_chain_buffers()
+            self.chain_buffers[num_steps] = (
+                self._topk1_parents_prealloc,
+                self._topk1_score_indices_prealloc,
+            )
+        self._topk1_parents_prealloc, self._topk1_score_indices_prealloc = self.chain_buffers[
+            num_steps
+        ]
+
+    def _draft_extend_for_prefill(self, *args: Any, **kwargs: Any) -> Any:
+        with self._wide():
+            return super()._draft_extend_for_prefill(*args, **kwargs)
+
+    def _draft_extend_for_decode(self, *args: Any, **kwargs: Any) -> Any:
+        with self._wide():
+            return super()._draft_extend_for_decode(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _wide(self) -> Iterator[None]:
+        topk, self.topk = self.topk, self.relay_topk
+        try:
+            yield
+        finally:
+            self.topk = topk
+
+
+class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
+    """Changes the strategy before any decode batch; see the module's text."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if getattr(self.server_args, "enable_dp_attention", False):
+            raise ValueError("FastRL's plugin does not know data-parallel attention: leave it off")
+        self._pool = StrategyPool.from_environment()
+        drafter = self._draft_worker
+        drafter.__class__ = SwitchingDraftWorker  # SGLang makes it by its own name
+        drafter.relay_topk = self._pool.topk
+        drafter.chain_buffers = {}
+        drafter._rebuild_topk1_chain_buffers()
+        group = get_parallel().tp_group
+        self._group = group if group.world_size > 1 else None
+        self._states: dict[DraftStrategy, StrategyState] = {}
+        self._active: DraftStrategy | None = None
+        self._session: DecodeSession | None = None
+        self._is_cuda = str(self.device).startswith("cuda")
+        self._ran_prefill = True
+        self._builder = StateBuilder(self, self._pool)
+
+    # -- preparation ------------------------------------------------------------------------------
+
+    def init_attention_backends(self) -> None:
+        """Before anything is captured: what SGLang captures next serves the largest tree."""
+        super().init_attention_backends()
+        self._builder.begin()
+
+    def init_cuda_graphs(self) -> None:
+        """Build a state for each strategy, with its graphs."""
+        super().init_cuda_graphs()
+        with self._drafting():
+            self._states = self._builder.build()
+        self._activate(OFF)
+        self._init_unread()
+
+    def _init_unread(self) -> None:
+        """Room for what plain decoding leaves to be read by the drafter."""
+        width, dtype = get_draft_recurrent_hidden_state_spec(self._draft_worker.draft_runner)
+        num_rows = self.req_to_token_pool.req_to_token.shape[0]
+        reserved = max(self._pool.topk * self._pool.depth, self._pool.verify_tokens)
+        self._most_unread = min(MOST_UNREAD_TOKENS, reserved)
+        shape = (num_rows, self._most_unread)
+        self._unread_hidden_RWD = torch.zeros((*shape, width), dtype=dtype, device=self.device)
+        self._unread_token_RW = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._num_unread_R = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        self._num_unread: dict[int, int] = {}  # the same on the host, without those of none
+
+    @contextlib.contextmanager
+    def _drafting(self) -> Iterator[None]:
+        drafter = self._draft_worker
+        with (
+            drafter.draft_tp_context(drafter.draft_runner.tp_group),
+            speculative_moe_backend_context(),
+            speculative_moe_a2a_backend_context(),
+        ):
+            yield
+
+    # -- a batch ----------------------------------------------------------------------------------
+
+    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """A prefill as SGLang does it, or a decode step of the strategy chosen for it."""
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            self._ran_prefill = True
+            if self._session is not None:
+                self._session.prefilled()
+            for request in batch.reqs:
+                self._num_unread.pop(request.req_pool_idx, None)
+            self._num_unread_R[batch.req_pool_indices] = 0
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        strategy, context_tokens = self._choose(batch.reqs)
+        start = self._mark()
+        self._activate(strategy)
+        if not strategy.is_off:
+            self._read_unread(batch)
+        self._verified: tuple[Any, Tensor] | None = None
+        result = super().forward_batch_generation(batch, *args, **kwargs)
+        if self._session is not None:
+            step = DecodeStep(
+                strategy=strategy,
+                context_tokens=context_tokens,
+                requests=list(batch.reqs),
+                start=start,
+                end=self._mark(),
+                tree=self._verified_tree(strategy),
+            )
+            self._session.begin(step, follows=not self._ran_prefill)
+        self._ran_prefill = False
+        return result
+
+    def _choose(self, requests: Sequence[Any]) -> tuple[DraftStrategy, int]:
+        if self._group is None:
+            return self._session.choose(requests) if self._session else (OFF, 0)
+        choice = torch.zeros(2, dtype=torch.int64)
+        if self._session is not None:
+            strategy, context_tokens = self._session.choose(requests)
+            choice[0], choice[1] = self._pool.strategies.index(strategy), context_tokens
+        dist.broadcast(choice, src=self._group.ranks[0], group=self._group.cpu_group)
+        return self._pool.strategies[int(choice[0])], int(choice[1])
+
+    def _mark(self) -> Mark:
+        return CudaMark() if self._is_cuda else HostMark()
+
+    def _activate(self, strategy: DraftStrategy) -> None:
+        """Put all that belongs to the strategy in force."""
+        if strategy != self._active:
+            self._states[strategy].apply(self)
+            self._active = strategy
+
+    def activate_step_by_batch(self, batch_size: int) -> None:
+        """SGLang's own adaptation: not ours."""
+
+    def on_verify_complete_cpu(
+        self, num_correct_drafts_per_req: list[int], batch_size: int = 0
+    ) -> None:
+        """SGLang has a step's result on the host."""
+        if self._session is not None:
+            self._session.accept(num_correct_drafts_per_req)
+
+    def verify(self, batch: Any, **kwargs: Any) -> Any:
+        """The target's forward over the tree, and what it accepts, which is kept."""
+        verify_input = batch.spec_info
+        with _kept_paths() as paths:
+            result = super().verify(batch, **kwargs)
+        self._verified = verify_input, paths[0]
+        return result
+
+    def _verified_tree(self, strategy: DraftStrategy) -> VerifiedTree | None:
+        """On its way to the host; SGLang's copies of the same stream come later."""
+        if strategy.topk <= 1 or self._verified is None:
+            return None
+        verify_input, path_BD = self._verified
+
+        def fetched(tensor: Tensor) -> Any:
+            return tensor.to("cpu", non_blocking=True).numpy()
+
+        return VerifiedTree(
+            next_token_BN=fetched(verify_input.retrieve_next_token),
+            next_sibling_BN=fetched(verify_input.retrieve_next_sibling),
+            accepted_BD=fetched(path_BD),
+        )
+
+    # -- plain decoding, and what the drafter has not read ---------------------------------------
+
+    def _stub_skipped_draft_extend(self, batch: Any, batch_output: Any) -> None:
+        """After a plain step: keep what the drafter would have read, or let it read all of it."""
+        rows_B = batch.req_pool_indices
+        count_B = self._num_unread_R[rows_B]
+        self._unread_hidden_RWD[rows_B, count_B] = batch_output.logits_output.hidden_states
+        self._unread_token_RW[rows_B, count_B] = batch_output.next_token_ids.to(torch.int64)
+        self._num_unread_R[rows_B] = count_B + 1
+        most = 0
+        for request in batch.reqs:
+            count = self._num_unread.get(request.req_pool_idx, 0) + 1
+            self._num_unread[request.req_pool_idx] = count
+            most = max(most, count)
+        carried = batch_output.next_draft_input
+        if most >= self._most_unread:
+            self._catch_up(batch, carried, num_new=1)
+            return
+        num_rows, topk = len(rows_B), self._pool.topk
+        hidden_RWD = self._unread_hidden_RWD
+        carried.topk_p = torch.zeros((num_rows, topk), device=self.device)
+        carried.topk_index = torch.zeros((num_rows, topk), dtype=torch.int64, device=self.device)
+        carried.hidden_states = hidden_RWD.new_zeros((num_rows, hidden_RWD.shape[-1]))
+
+    def _read_unread(self, batch: Any) -> None:
+        """Before a tree: the drafter reads what it has not."""
+        if any(request.req_pool_idx in self._num_unread for request in batch.reqs):
+            self._catch_up(batch, batch.spec_info, num_new=0)
+
+    def _catch_up(self, batch: Any, carried: EagleDraftInput, *, num_new: int) -> None:
+        """Let the drafter read what it has not, and `carried` hold what it drafts from there.
+
+        Rows read windows of the same width, that of the row with the most unread tokens. Where a
+        row has fewer, the rest of its window falls into cache that is reserved for drafts.
+
+        Args:
+            batch: of the step; changed by nothing here.
+            carried: handed on to the next step; rows that have nothing unread keep theirs.
+            num_new: tokens that the target has read beyond the batch's lengths.
+        """
+        counts = [self._num_unread.pop(request.req_pool_idx, 0) for request in batch.reqs]
+        width = max(counts)
+        rows_B = batch.req_pool_indices
+        count_B = self._num_unread_R[rows_B]
+        self._num_unread_R[rows_B] = 0
+        start_B = batch.seq_lens + num_new - count_B
+        last_B = torch.arange(len(counts), device=self.device) * width + (count_B - 1).clamp(min=0)
+        view = copy.copy(batch)
+        view.seq_lens = start_B
+        view.seq_lens_sum = None
+        if batch.seq_lens_cpu is not None:
+            counts_cpu = torch.tensor(counts, dtype=batch.seq_lens_cpu.dtype)
+            view.seq_lens_cpu = batch.seq_lens_cpu + num_new - counts_cpu
+        places_BW = start_B[:, None] + torch.arange(width, device=self.device)
+        slots_BW = self.req_to_token_pool.req_to_token[rows_B[:, None], places_BW]
+        view.out_cache_loc = slots_BW.reshape(-1).to(torch.int64)
+        extend = EagleDraftExtendInput(
+            hidden_states=self._unread_hidden_RWD[rows_B, :width].flatten(0, 1),
+            num_correct_drafts=count_B - 1,
+            num_accept_tokens=count_B,
+            num_tokens_per_req=width,
+            num_tokens_for_logprob_per_req=width,
+            select_index=last_B,
+        )
+        with self._drafting():
+            runner = self._draft_worker.draft_runner
+            forward_batch = prepare_for_draft_extend(
+                extend,
+                view,
+                self._unread_token_RW[rows_B, :width].flatten(),
+                width,
+                runner,
+                None,  # graphs are of other widths
+                return_hidden_states_before_norm=False,
+            )
+            output = runner.forward(forward_batch).logits_output
+        probs_BV = renorm_draft_probs(output.next_token_logits, batch.sampling_info, False)
+        topk_p, topk_index = fast_topk(probs_BV, self._pool.topk, dim=-1)
+        hidden_BD = output.hidden_states[last_B]
+        if num_new == 0 and 0 in counts:
+            is_read_B1 = (count_B > 0)[:, None]
+            topk_p = torch.where(is_read_B1, topk_p, carried.topk_p)
+            topk_index = torch.where(is_read_B1, topk_index, carried.topk_index)
+            hidden_BD = torch.where(is_read_B1, hidden_BD, carried.hidden_states)
+        carried.topk_p, carried.topk_index = topk_p, topk_index
+        carried.hidden_states = hidden_BD
+
+    # -- requests of the trainer ------------------------------------------------------------------
+
+    def serve_begin(self, selector: StrategySelector | None, rehearsal: Rehearsal | None) -> None:
+        """A `generate` call is next, whose steps the selector chooses, or a rehearsal."""
+        if self._group is None or self._group.rank_in_group == 0:
+            self._session = DecodeSession(selector or FixedStrategy("off"), rehearsal)
+
+    def serve_finish(self) -> SessionReport:
+        """The call is over: what it did. Later steps are plain ones."""
+        if self._session is None:
+            session = DecodeSession(FixedStrategy("off"))
+        else:
+            session, self._session = self._session, None
+        return session.finish()
+
+    def serve_graph_memory(self) -> dict[str, float]:
+        """GiB of the device's memory that each strategy's state took when it was built."""
+        return dict(self._builder.gib_by_strategy)
+
+
+@contextlib.contextmanager
+def _kept_paths() -> Iterator[list[Tensor]]:
+    """The accepted paths that SGLang's sampling finds meanwhile; its results leave them out before
+    0.5.21."""
+    sample = eagle_worker_common.eagle_sample
+    paths: list[Tensor] = []
+
+    def sample_and_keep(*args: Any, **kwargs: Any) -> Any:
+        predict, accept_lens, accept_index = sample(*args, **kwargs)
+        paths.append(accept_index)
+        return predict, accept_lens, accept_index
+
+    eagle_worker_common.eagle_sample = sample_and_keep
+    try:
+        yield paths
+    finally:
+        eagle_worker_common.eagle_sample = sample
