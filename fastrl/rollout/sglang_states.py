@@ -14,6 +14,7 @@ for chains only.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import time
@@ -202,7 +203,7 @@ class StateBuilder:
     @contextlib.contextmanager
     def _shaped_for(self, strategy: DraftStrategy) -> Iterator[None]:
         """SGLang's settings, which backends and graphs size themselves by, are the strategy's: the
-        processes' context, and up to 0.5.20 the arguments it came from."""
+        process's context and, in older versions, the arguments it came from."""
         worker, drafter = self._worker, self._worker._draft_worker
         shape = {
             "speculative_num_steps": strategy.depth,
@@ -229,6 +230,8 @@ class StateBuilder:
     def _settle(self, fields: dict[str, int]) -> None:
         get_context().override("fastrl", **fields)
         for arguments in _all_arguments(self._worker):
+            if not dataclasses.is_dataclass(arguments):
+                continue  # later versions read the context alone, and keep these from changing
             for name, value in fields.items():
                 object.__setattr__(arguments, name, value)
 

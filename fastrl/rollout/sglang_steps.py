@@ -71,7 +71,7 @@ class VerifiedTree:
     next_sibling_BN: Nodes
     """Next child of the same parent; -1 after the last."""
     accepted_BD: Nodes
-    """Nodes of the accepted path, the root first; -1 after its end."""
+    """Nodes of the accepted path, the root first, numbered over all rows' trees; -1 after its end."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -283,14 +283,14 @@ def counts_by_rank(
     offered = np.zeros((strategy.depth, strategy.topk), np.int64)
     accepted = np.zeros_like(offered)
     place_B = np.asarray(rows)
+    num_nodes = tree.next_token_BN.shape[1]
     for depth in range(strategy.depth):
-        node_B = tree.accepted_BD[place_B, depth]
-        (is_here,) = np.nonzero(node_B >= 0)
-        if not len(is_here):
+        place_B = place_B[tree.accepted_BD[place_B, depth] >= 0]
+        if not len(place_B):
             break
-        place_B = place_B[is_here]
-        taken_B = tree.accepted_BD[place_B, depth + 1]
-        child_B = tree.next_token_BN[place_B, node_B[is_here]]
+        first_B = place_B * num_nodes
+        taken_B = tree.accepted_BD[place_B, depth + 1] - first_B
+        child_B = tree.next_token_BN[place_B, tree.accepted_BD[place_B, depth] - first_B]
         for rank in range(strategy.topk):
             exists_B = child_B >= 0
             if not (num_offered := int(exists_B.sum())):

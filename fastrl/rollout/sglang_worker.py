@@ -173,7 +173,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         self._unread_hidden_RWD = torch.zeros((*shape, width), dtype=dtype, device=self.device)
         self._unread_token_RW = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._num_unread_R = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
-        self._num_unread: dict[int, int] = {}  # the same on the host, without those of none
+        self._num_unread: dict[str, int] = {}  # by request, those of none left out
 
     @contextlib.contextmanager
     def _drafting(self) -> Iterator[None]:
@@ -194,7 +194,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
             if self._session is not None:
                 self._session.prefilled()
             for request in batch.reqs:
-                self._num_unread.pop(request.req_pool_idx, None)
+                self._num_unread.pop(request.rid, None)
             self._num_unread_R[batch.req_pool_indices] = 0
             return super().forward_batch_generation(batch, *args, **kwargs)
         strategy, context_tokens = self._choose(batch.reqs)
@@ -280,8 +280,8 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         self._num_unread_R[rows_B] = count_B + 1
         most = 0
         for request in batch.reqs:
-            count = self._num_unread.get(request.req_pool_idx, 0) + 1
-            self._num_unread[request.req_pool_idx] = count
+            count = self._num_unread.get(request.rid, 0) + 1
+            self._num_unread[request.rid] = count
             most = max(most, count)
         carried = batch_output.next_draft_input
         if most >= self._most_unread:
@@ -295,7 +295,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
 
     def _read_unread(self, batch: Any) -> None:
         """Before a tree: the drafter reads what it has not."""
-        if any(request.req_pool_idx in self._num_unread for request in batch.reqs):
+        if any(request.rid in self._num_unread for request in batch.reqs):
             self._catch_up(batch, batch.spec_info, num_new=0)
 
     def _catch_up(self, batch: Any, carried: EagleDraftInput, *, num_new: int) -> None:
@@ -309,7 +309,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
             carried: handed on to the next step; rows that have nothing unread keep theirs.
             num_new: tokens that the target has read beyond the batch's lengths.
         """
-        counts = [self._num_unread.pop(request.req_pool_idx, 0) for request in batch.reqs]
+        counts = [self._num_unread.pop(request.rid, 0) for request in batch.reqs]
         width = max(counts)
         rows_B = batch.req_pool_indices
         count_B = self._num_unread_R[rows_B]
@@ -360,6 +360,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
 
     def serve_begin(self, selector: StrategySelector | None, rehearsal: Rehearsal | None) -> None:
         """A `generate` call is next, whose steps the selector chooses, or a rehearsal."""
+        self._num_unread.clear()
         if self._group is None or self._group.rank_in_group == 0:
             self._session = DecodeSession(selector or FixedStrategy("off"), rehearsal)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sglang_engine import SGLangEngine
 from fastrl.rollout.torch_engine import TorchEngine
 from tests.rollout.tiny_models import make_drafter, make_target
@@ -61,7 +62,7 @@ def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than the tests
         patch.setenv("OMP_NUM_THREADS", "1")
 
-        def start(**options: object) -> SGLangEngine:
+        def start(selector: StrategySelector | None = None, **options: object) -> SGLangEngine:
             settings: dict = {
                 "drafter_path": str(folders[1]),
                 "dtype": "float32",
@@ -80,6 +81,8 @@ def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
             } | settings.get("server_args", {})
             engine = SGLangEngine(**settings)
             engines.callback(engine.close)
+            if selector is not None:
+                engine.strategy_selector = selector
             engine.start(str(folders[0]))
             return engine
 
