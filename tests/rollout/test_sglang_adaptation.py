@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.model_bandit import ModelBased
 from fastrl.types import DraftStrategy, SamplingParams, StepStats
-from tests.rollout.tiny_models import make_prompts
 from tests.rollout.test_sglang_engine import (
     GREEDY,
     chi_square_p_value,
     echoing_drafter,
     joint_distribution,
 )
+from tests.rollout.tiny_models import make_prompts
 
 pytestmark = pytest.mark.sglang
 
+LONG_GREEDY = SamplingParams(max_tokens=90, temperature=0, ignore_eos=True)
 POOL = ("3_1_4", "3_4_8", "5_2_12", "1_1_2")
 
 
@@ -62,3 +64,116 @@ def test_greedy_tokens_are_those_of_plain_decoding_while_switching_every_batch(s
     stats = switching.stats()
     assert set(stats.steps_by_strategy) == {"off", *POOL}
     assert stats.accepted_by_depth[0] > 20  # else nothing was put to the test
+
+
+def test_steps_are_those_of_the_embedded_engine_whatever_went_before(
+    switching, engine, target_model
+):
+    """The drafter has read all that plain steps left to it: each step of each strategy accepts as
+    many tokens as where it reads along."""
+    drafter = sensitive_drafter(target_model)
+    switching.load_drafter(drafter.items(), version=1)
+    engine.load_drafter(drafter.items(), version=1)
+    # Chains: of trees the two engines sometimes keep another node among equally likely ones.
+    order = ("3_1_4", "off", "1_1_2", *("off",) * 3, "3_1_4", *("off",) * 20, "3_1_4", "1_1_2")
+    accepted = 0
+    for prompt in make_prompts(12):
+        switching.strategy_selector, engine.strategy_selector = InTurns(order), InTurns(order)
+        (rollout,) = switching.generate([prompt], LONG_GREEDY)
+        (expected,) = engine.generate([prompt], LONG_GREEDY)
+        assert rollout.tokens == expected.tokens
+        assert rollout.accept_lengths == expected.accept_lengths
+        assert rollout.num_verify_steps == expected.num_verify_steps
+        accepted += sum(rollout.accept_lengths) - len(rollout.accept_lengths)
+    assert accepted > 20  # else nothing was put to the test
+
+
+def sensitive_drafter(target_model) -> dict[str, torch.Tensor]:
+    """Right now and then, by what its attention finds."""
+    random = dict(EagleDrafter.for_target(target_model.config, seed=3).named_weights())
+    echo = echoing_drafter(target_model)
+    return {name: echo[name] + random[name] for name in echo}
+
+
+def test_rows_that_join_and_leave_read_their_own(switching, engine, target_model):
+    """More requests than rows: prefills come between, and rows stand at different places."""
+    drafter = sensitive_drafter(target_model)
+    switching.load_drafter(drafter.items(), version=1)
+    order = ("3_4_8", *("off",) * 5, "5_2_12", "off")
+    switching.strategy_selector = InTurns(order)
+    prompts = make_prompts(12)
+    rollouts = switching.generate(prompts, GREEDY, num_samples=8)
+    expected = engine.generate(prompts, GREEDY)
+    for index, rollout in enumerate(rollouts):
+        assert rollout.tokens == expected[index // 8].tokens
+
+
+def test_tokens_follow_the_target_distribution_while_switching(switching, target_model):
+    switching.load_drafter(echoing_drafter(target_model).items(), version=0)
+    switching.strategy_selector = InTurns()
+    sampling = SamplingParams(max_tokens=3, top_k=3, ignore_eos=True)
+    (prompt,) = make_prompts(1)
+    expected = joint_distribution(target_model, prompt.tokens, sampling)
+    counts = dict.fromkeys(expected, 0)
+    for seed in range(5):
+        switching.strategy_selector = InTurns(("3_4_8", "off", "5_2_12", "3_1_4")[seed % 4 :])
+        for rollout in switching.generate([prompt], sampling, num_samples=160, seed=seed):
+            counts[rollout.tokens] += 1
+    assert chi_square_p_value(counts, expected, 800) > 1e-4
+    assert switching.stats().row_steps
+
+
+def test_a_bandit_decides_in_sglang_and_comes_back_with_what_it_learned(switching, target_model):
+    """Profiled before the first step, it ends where the drafter pays, and leaves a useless one."""
+    bandit = ModelBased(["3_1_4", "3_4_8"], seed=1)
+    bandit.journal = []
+    switching.strategy_selector = bandit
+    switching.load_drafter(echoing_drafter(target_model).items(), version=0)
+    prompts = make_prompts(3)
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    switching.generate(prompts, sampling)
+    costs = [entry for entry in bandit.journal if not isinstance(entry, StepStats)]
+    steps = [entry for entry in bandit.journal if isinstance(entry, StepStats)]
+    assert {entry.query.strategy for entry in costs} == set(bandit.arms)
+    assert {entry.query.batch_size for entry in costs} == {1, 4, 16, 64}
+    assert all(0 < entry.seconds < 5 for entry in costs)
+    stats = switching.stats()
+    assert len(steps) == stats.num_steps == bandit.report().num_decisions
+    assert sum(step.num_tokens for step in steps) >= 3 * 59
+    for step in steps:
+        if step.strategy.is_off:
+            assert step.accept_lengths == (1,) * step.batch_size
+            continue
+        emitted = sum(sum(ranks) for ranks in step.accepted_by_rank) + step.batch_size
+        assert emitted == step.num_tokens
+        assert step.offered_by_rank[0][0] == step.batch_size
+        assert all(
+            few <= many
+            for accepted, offered in zip(step.accepted_by_rank, step.offered_by_rank, strict=True)
+            for few, many in zip(accepted, offered, strict=True)
+        )
+    journal = len(bandit.journal)
+    switching.generate(prompts, sampling, seed=1)
+    assert len(bandit.journal) > journal
+    assert switching.stats().num_steps == len(bandit.journal) - journal  # nothing is timed twice
+
+
+def test_a_fixed_strategy_of_the_pool_may_take_over_and_no_other(switching):
+    prompts = make_prompts(2)
+    switching.strategy_selector = FixedStrategy("5_2_12")
+    switching.generate(prompts, GREEDY)
+    assert set(switching.stats().steps_by_strategy) == {"5_2_12"}
+    switching.strategy_selector = FixedStrategy("8_4_16")
+    with pytest.raises(ValueError, match=r"cannot run \['8_4_16'\]: close it"):
+        switching.generate(prompts, GREEDY)
+
+
+def test_hidden_states_are_those_of_a_plain_forward_while_switching(switching, target_model):
+    switching.strategy_selector = InTurns()
+    for rollout in switching.generate(
+        make_prompts(3), SamplingParams(max_tokens=30), return_hidden_states=True
+    ):
+        tokens = torch.tensor([(*rollout.prompt.tokens, *rollout.tokens[:-1])])
+        with torch.no_grad():
+            expected = target_model.model(tokens).last_hidden_state[0]
+        torch.testing.assert_close(rollout.hidden_states, expected, atol=3e-5, rtol=1e-4)
