@@ -33,7 +33,7 @@ from fastrl.types import Prompt
 _QWEN2_5: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 152064,
-    "max_position_embeddings": 131072,
+    "max_position_embeddings": 32768,  # SGLang has buffers for the longest context
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "tie_word_embeddings": False,
 }

@@ -16,6 +16,9 @@ Step costs of a shape, without a checkpoint, as if every verification yielded 6.
     python scripts/bench_sd.py --engine sglang --model qwen2.5-7b --load_format dummy \\
         --simulate_accept_length 6.5
 
+SGLang sizes buffers by the longest context: --sglang.server_args.context_length 4096 saves memory
+where that is long.
+
 `stock_off` is plain decoding by stock SGLang, what a user has without speculation: where it is
 among the arms, all ratios are to it, else to `off`. It is an engine of its own, so such a ratio is
 between the medians of two engines, its spread that of the one arm. The counterpart of the original
@@ -57,7 +60,7 @@ from sd_engines import (
     strategy_of,
     torch_sessions,
 )
-from sd_figures import EngineFigure, draw, print_figures, print_step_costs
+from sd_figures import EngineFigure, draw, print_against_sglang, print_figures, print_step_costs
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -334,6 +337,8 @@ def run(bench: Bench) -> list[EngineFigure]:
     print_step_costs(figures, off)
     if ADAPTIVE in arms_of(bench):
         print_summary(figures, [arm for arm in arms_of(bench) if strategy_of(arm) is not None])
+    if {ADAPTIVE, SGLANG_ADAPTIVE} <= set(arms_of(bench)):
+        print_against_sglang(figures)
     return figures
 
 

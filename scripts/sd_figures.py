@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollout_figures import ADAPTIVE, Figure, by_batch_size, draw_ratios
-from sd_engines import strategy_of
+from sd_engines import SGLANG_ADAPTIVE, strategy_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,14 @@ def print_step_costs(figures: Sequence[EngineFigure], off: str) -> None:
     for name, lengths in break_even(figures, off).items():
         cells = (f"{steps[size][name].step_ms:.2f} ({lengths[size]:.2f})" for size in lengths)
         print(f"{name:>15}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def print_against_sglang(figures: Sequence[EngineFigure]) -> None:
+    """Our adaptive arm against SGLang's own, by batch size."""
+    print(f"\n{'batch':>5} {'adaptive/sglang_adaptive':>25}")
+    for batch_size, arms in by_batch_size(figures).items():
+        ratio = arms[ADAPTIVE].tokens_per_s / arms[SGLANG_ADAPTIVE].tokens_per_s
+        print(f"{batch_size:>5} {ratio:>25.2f}")
 
 
 def draw(figures: Sequence[EngineFigure], path: Path) -> None:

@@ -160,7 +160,9 @@ def test_the_originals_settings_are_kept(stem: str) -> None:
     assert model["optimizer"]["lr"] == 1e-6
     assert (model["kl_coef"], model["kl_estimator"]) == (0.001, "k3")
     assert engine["tp_size"] == 4
-    assert model["micro_batch_tokens"] == data["max_prompt_tokens"] + data["sampling"]["max_tokens"]
+    longest = data["max_prompt_tokens"] + data["sampling"]["max_tokens"]
+    assert model["micro_batch_tokens"] == longest
+    assert engine["server_args"]["context_length"] >= longest + 48  # nodes of the largest tree
 
 
 @pytest.mark.parametrize("stem", DOWNLOADED)

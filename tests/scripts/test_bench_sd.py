@@ -19,7 +19,7 @@ from sd_engines import (
     strategy_of,
     torch_sessions,
 )
-from sd_figures import break_even
+from sd_figures import break_even, print_against_sglang
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastrl.rollout.bandit import FixedStrategy
@@ -101,6 +101,15 @@ def test_break_even_is_a_steps_time_in_plain_steps():
     arms = session("off", "2_1_3", "adaptive", batch_sizes=(1, 4))
     found = break_even(make_figures(bench, samples, [arms]), "off")
     assert found == {"off": {1: 1, 4: 1}, "2_1_3": {1: 1.5, 4: 2.5}}
+
+
+def test_adaptive_is_compared_with_sglangs_own(capsys):
+    arms = ["stock_off", "sglang_adaptive", "2_1_3", "adaptive"]
+    bench = tiny(engine="sglang", arms=arms, batch_sizes=[4])
+    samples = {(arm, 4): [sample(rate)] for arm, rate in zip(arms, (5, 8, 9, 12), strict=True)}
+    own = [session(arm, batch_sizes=(4,)) for arm in arms[:2]]
+    print_against_sglang(make_figures(bench, samples, [*own, session(*arms[2:], batch_sizes=(4,))]))
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["4", "1.50"]
 
 
 def test_a_responses_first_token_is_the_prefills():
