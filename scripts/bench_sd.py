@@ -256,7 +256,9 @@ Samples = dict[tuple[str, int], list[Sample]]
 
 def measure(bench: Bench, session: Session, prompts: Sequence[Prompt]) -> Samples:
     """All rounds of a session's arms; each asks prompts of its own."""
-    samples: Samples = {(arm, size): [] for arm in session.arms for size in session.batch_sizes}
+    samples: Samples = {
+        (arm, size): [] for size in session.batch_sizes for arm in session.arms_at(size)
+    }
     rng = random.Random(f"{bench.seed}/{session.arms}/{session.batch_sizes}")
     with session.open() as arms:
         for round_ in range(bench.warm_up_rounds + bench.rounds):
@@ -264,7 +266,8 @@ def measure(bench: Bench, session: Session, prompts: Sequence[Prompt]) -> Sample
                 count = num_prompts(bench, batch_size)
                 asked = prompts[round_ * count : (round_ + 1) * count]
                 num_samples = min(batch_size, bench.num_samples)
-                for name in rng.sample(session.arms, len(session.arms)):
+                names = session.arms_at(batch_size)
+                for name in rng.sample(names, len(names)):
                     sample = arms[name].run(asked, num_samples, bench.seed + round_)
                     if round_ >= bench.warm_up_rounds:
                         samples[name, batch_size].append(sample)

@@ -17,6 +17,7 @@ shorter. Leaves out the order of calls, and what is made of them (bench_sd.py).
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -27,6 +28,7 @@ from rollout_figures import ADAPTIVE, OFF
 from torch import Tensor
 
 from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit_base import MAX_TREE_NODES
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.model_bandit import ModelBased
 from fastrl.rollout.sglang_engine import SGLangEngine
@@ -104,6 +106,17 @@ class Session:
     batch_sizes: tuple[int, ...]
     open: Callable[[], AbstractContextManager[Mapping[str, Arm]]]
     """Starts what they need, and ends it."""
+    max_tree_nodes: float = math.inf
+    """Arms whose trees have more over a batch are left out there."""
+
+    def arms_at(self, batch_size: int) -> list[str]:
+        """Those that are run at a batch size."""
+        nodes = {arm: one.verify_tokens for arm in self.arms if (one := strategy_of(arm))}
+        return [
+            arm
+            for arm in self.arms
+            if nodes.get(arm, 1) == 1 or nodes[arm] * batch_size <= self.max_tree_nodes
+        ]
 
 
 def is_strategy(arm: str) -> bool:
@@ -200,12 +213,15 @@ class SGLangArm:
 
     def run(self, prompts: Sequence[Prompt], num_samples: int, seed: int) -> Sample:
         """See `Arm.run`."""
-        if self.selector is not None:
-            self.engine.strategy_selector = self.selector
         first_token = dataclasses.replace(self.sampling, max_tokens=1)
+        if self.selector is not None:
+            # A bandit would have steps timed for as short a response as its first call asks for.
+            self.engine.strategy_selector = FixedStrategy(OFF)
         for _ in range(2):
             self.engine.generate(prompts, first_token, num_samples=num_samples, seed=seed)
         prefill_s = self.engine.stats().seconds
+        if self.selector is not None:
+            self.engine.strategy_selector = self.selector
         rollouts = self.engine.generate(prompts, self.sampling, num_samples=num_samples, seed=seed)
         return sample_of(rollouts, self.engine.stats(), prefill_s)
 
@@ -222,7 +238,10 @@ def sglang_sessions(
     ]
     if switched := tuple(arm for arm in arms if arm not in own):
         opener = _switching_engine(subject, switched, max(sizes))
-        sessions.append(Session(arms=switched, batch_sizes=sizes, open=opener))
+        sessions.append(
+            # The bandit chooses none beyond, so the engine prepares no CUDA graphs for them.
+            Session(arms=switched, batch_sizes=sizes, open=opener, max_tree_nodes=MAX_TREE_NODES)
+        )
     return sessions
 
 

@@ -56,7 +56,10 @@ def print_step_costs(figures: Sequence[EngineFigure], off: str) -> None:
     print(f"\nmilliseconds a step (accept length from which on it is faster than {off})")
     print(f"{'strategy':>15}" + "".join(f"{f'batch {size}':>16}" for size in steps))
     for name, lengths in break_even(figures, off).items():
-        cells = (f"{steps[size][name].step_ms:.2f} ({lengths[size]:.2f})" for size in lengths)
+        cells = (
+            f"{steps[size][name].step_ms:.2f} ({lengths[size]:.2f})" if size in lengths else "-"
+            for size in steps
+        )
         print(f"{name:>15}" + "".join(f"{cell:>16}" for cell in cells))
 
 

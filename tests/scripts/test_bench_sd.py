@@ -19,7 +19,7 @@ from sd_engines import (
     strategy_of,
     torch_sessions,
 )
-from sd_figures import break_even, print_against_sglang
+from sd_figures import break_even, print_against_sglang, print_step_costs
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastrl.rollout.bandit import FixedStrategy
@@ -333,6 +333,64 @@ def test_stock_arms_have_engines_of_their_own_and_others_share_one(recorded, tmp
         assert engine.options["max_batch_size"] == 4
     assert opened["adaptive"].selector is selectors[3]
     assert isinstance(opened["off"].selector, FixedStrategy)
+
+
+def test_an_engine_that_switches_runs_no_trees_beyond_its_bandits_limit(capsys):
+    """2048 nodes; one that runs a single strategy has graphs of its own for all batch sizes."""
+    arms = ["stock_off", "stock_8_4_16", "off", "2_1_3", "8_4_16", "adaptive"]
+    bench = tiny(engine="sglang", arms=arms, batch_sizes=[128, 256])
+    *stock, switching = sglang_sessions(prepare(bench, Path("unused")), arms, bench.batch_sizes)
+    assert switching.arms_at(128) == ["off", "2_1_3", "8_4_16", "adaptive"]
+    assert switching.arms_at(256) == ["off", "2_1_3", "adaptive"]
+    assert stock[1].arms_at(256) == ["stock_8_4_16"]
+    sessions = [*stock, switching]
+    samples = {
+        (arm, size): [sample(10, step_ms=2)]
+        for one in sessions
+        for size in (128, 256)
+        for arm in one.arms_at(size)
+    }
+    print_step_costs(make_figures(bench, samples, sessions), "stock_off")
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if one.split()[:1] == ["8_4_16"])
+    assert line.split() == ["8_4_16", "2.00", "(1.00)", "-"]
+
+
+def test_prefills_are_timed_without_the_bandit():
+    """It would have steps timed for the context of that call; and they are taken off."""
+    asked = []
+
+    class Timed:
+        strategy_selector: object = None
+
+        def generate(self, prompts, sampling, num_samples, seed):
+            asked.append((self.strategy_selector, sampling.max_tokens))
+            self.tokens = sampling.max_tokens
+            (prompt,) = prompts
+            return [
+                Rollout(
+                    prompt=prompt,
+                    sample_index=0,
+                    tokens=(3,) * self.tokens,
+                    logprobs=(0.0,) * self.tokens,
+                    text="",
+                    finish_reason=FinishReason.LENGTH,
+                    policy_version=0,
+                    accept_lengths=(1,) * (self.tokens - 1),
+                )
+            ]
+
+        def stats(self):
+            seconds = 7.0 if len(asked) == 1 else 1.0 if self.tokens == 1 else 5.0
+            return EngineStats(num_steps=self.tokens - 1, seconds=seconds)
+
+    bandit = ModelBased(["2_1_3"])
+    arm = sd_engines.SGLangArm(
+        engine=Timed(), sampling=SamplingParams(max_tokens=9), selector=bandit
+    )
+    assert arm.run(make_prompts(1), 1, seed=0).tokens_per_s == 8 / (5.0 - 1.0)
+    assert [tokens for _, tokens in asked] == [1, 1, 9]
+    assert [selector is bandit for selector, _ in asked] == [False, False, True]
+    assert {str(selector.strategy) for selector, _ in asked[:2]} == {"off"}
 
 
 def test_an_engine_that_fails_is_closed_and_what_was_measured_is_kept(
