@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 PACKAGE_PREFIX = "package:"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CONVERSION = b"1"  # counted up when the folders that `_convert` makes change
 # llama.cpp's names, and what they mean: every digit by itself, the rest as GPT-2 does.
 _PRE_TOKENIZERS = {
@@ -68,6 +70,16 @@ def resolve_model(model_path: str) -> str:
         _log.info("converting %s, once, into %s", gguf_file, folder)
         _make_atomically(gguf_file, folder)
     return str(folder)
+
+
+def download_hint(path: str) -> str:
+    """In brackets, the command that gets `path` from the Hugging Face hub, where it could be a
+    model's name there (`owner/name`); else nothing."""
+    if not _HUB_NAME.fullmatch(path):
+        return ""
+    return (
+        f" (`hf download {path} --local-dir {path}`, if that is its name on the Hugging Face hub)"
+    )
 
 
 def cache_folder() -> Path:

@@ -48,13 +48,13 @@ from bad_drafter_figures import (
     print_figure,
     print_header,
 )
+from bench_inputs import print_machine
 from bench_rollout import (
     Bench,
     Responses,
     load_prompts,
     load_weights,
     num_prompts_of_round,
-    print_machine,
 )
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -348,7 +348,7 @@ def run(bench: BadDrafterBench) -> list[Figure]:
     good = good or dict(EagleDrafter.from_pretrained(bench.drafter).named_weights())
     good = {name: weight.detach() for name, weight in good.items()}
     prompts = load_prompts(rollouts)
-    print_machine(rollouts)
+    print_machine(rollouts.device, rollouts.dtype)
     print_header()
     found: list[Figure] = []
     log: list[tuple[tuple[object, ...], Round]] = []

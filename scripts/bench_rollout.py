@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -30,23 +28,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+import bench_inputs
 import jsonargparse
 import torch
 import yaml
+from bench_inputs import print_machine
+from rollout_figures import ADAPTIVE, OFF, Figure, draw_ratios, print_summary, ratio_and_spread
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers_baselines import TRANSFORMERS_ARMS, TransformersArm
 
 from fastrl.config_loader import load_yaml
-from fastrl.datamodules import ReasoningGymPrompts
-from fastrl.datamodules.chat_template import load_tokenizer, tokenize_questions
+from fastrl.datamodules.chat_template import load_tokenizer
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.model_bandit import ModelBased
 from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.types import DraftStrategy, Prompt, SamplingParams
 
-OFF, ADAPTIVE = "off", "adaptive"
 TINY_SUMS = {"min_terms": 2, "max_terms": 6, "min_digits": 1, "max_digits": 1}
 
 
@@ -115,20 +114,6 @@ def fixed_strategies(bench: Bench) -> list[str]:
     return [arm for arm in bench.arms if arm not in others]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """An arm at a batch size, over all rounds."""
-
-    batch_size: int
-    arm: str
-    tokens_per_s: float
-    """Median."""
-    ratio_to_off: float
-    """Median of the rounds' ratios."""
-    spread: tuple[float, float]
-    """First and third quartile of the rounds' ratios."""
-
-
 Responses = list[tuple[int, ...]]
 
 
@@ -165,34 +150,18 @@ class EngineArm:
 
 def load_weights(bench: Bench) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The target, and the co-trained drafter's weights (none: those of its folder)."""
-    model = AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32)
-    drafter: dict[str, Tensor] = {}
-    if bench.ckpt is not None:
-        checkpoint = torch.load(bench.ckpt, map_location="cpu", weights_only=True)
-        policy = {
-            name.removeprefix("policy."): tensor
-            for name, tensor in checkpoint["state_dict"].items()
-            if name.startswith("policy.")
-        }
-        model.load_state_dict(policy)
-        for name, state in checkpoint["callbacks"].items():
-            if name.startswith("DrafterTraining"):
-                drafter = state["drafter"]
-    return model.to(bench.device, getattr(torch, bench.dtype)).eval(), drafter
+    dtype = getattr(torch, bench.dtype)
+    return bench_inputs.load_weights(bench.model, bench.ckpt, dtype=dtype, device=bench.device)
 
 
 def load_prompts(bench: Bench) -> list[Prompt]:
     """As many held-out questions as the largest batch takes in all rounds."""
-    num_prompts = num_prompts_of_round(bench, max(bench.batch_sizes)) * num_rounds(bench)
-    source = ReasoningGymPrompts(
-        bench.task, config=bench.task_config, num_train=1, num_held_out=num_prompts
-    )
-    return tokenize_questions(
-        source.load().held_out,
-        load_tokenizer(bench.model),
+    return bench_inputs.load_questions(
+        bench.model,
+        task=bench.task,
+        task_config=bench.task_config,
         system_prompt=bench.system_prompt,
-        max_prompt_tokens=1024,
-        split="held-out",
+        count=num_prompts_of_round(bench, max(bench.batch_sizes)) * num_rounds(bench),
     )
 
 
@@ -284,28 +253,14 @@ def measure(
 def _figure(
     batch_size: int, arm: str, rates: Sequence[float], off_rates: Sequence[float]
 ) -> Figure:
-    ratios = [ours / off for ours, off in zip(rates, off_rates, strict=True)]
-    quartiles = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else 3 * ratios
+    ratio, spread = ratio_and_spread(rates, off_rates)
     return Figure(
         batch_size=batch_size,
         arm=arm,
         tokens_per_s=statistics.median(rates),
-        ratio_to_off=statistics.median(ratios),
-        spread=(quartiles[0], quartiles[2]),
+        ratio_to_off=ratio,
+        spread=spread,
     )
-
-
-def print_summary(bench: Bench, figures: Sequence[Figure]) -> None:
-    """Adaptive against off and against the best fixed strategy, by batch size."""
-    if ADAPTIVE not in bench.arms:
-        return
-    print(f"\n{'batch':>5} {'adaptive/off':>13} {'adaptive/best fixed':>20}  best fixed")
-    for batch_size in bench.batch_sizes:
-        ratios = {f.arm: f.ratio_to_off for f in figures if f.batch_size == batch_size}
-        fixed = [OFF, *fixed_strategies(bench)]
-        best = max(fixed, key=lambda name: ratios[name])
-        adaptive = ratios[ADAPTIVE]
-        print(f"{batch_size:>5} {adaptive:>13.2f} {adaptive / ratios[best]:>20.2f}  {best}")
 
 
 def draw(figures: Iterable[Figure], path: Path) -> None:
@@ -315,43 +270,11 @@ def draw(figures: Iterable[Figure], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_arm: dict[str, list[Figure]] = {}
-    for figure in figures:
-        by_arm.setdefault(figure.arm, []).append(figure)
     canvas, axes = pyplot.subplots(figsize=(8, 5))
-    for arm, points in by_arm.items():
-        ratios = [point.ratio_to_off for point in points]
-        bars = [
-            [ratio - point.spread[0] for ratio, point in zip(ratios, points, strict=True)],
-            [point.spread[1] - ratio for ratio, point in zip(ratios, points, strict=True)],
-        ]
-        is_adaptive = arm == ADAPTIVE
-        axes.errorbar(
-            [point.batch_size for point in points],
-            ratios,
-            yerr=[[max(bar, 0.0) for bar in side] for side in bars],
-            label=arm,
-            marker="o",
-            linewidth=3 if is_adaptive else 1.2,
-            capsize=2,
-            zorder=3 if is_adaptive else 2,
-        )
-    axes.set(xscale="log", xlabel="live batch", ylabel="tokens per second, relative to off")
-    axes.set_xscale("log", base=2)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    draw_ratios(axes, figures)
     canvas.tight_layout()
     canvas.savefig(path, dpi=120)
     pyplot.close(canvas)
-
-
-def print_machine(bench: Bench) -> None:
-    """The machine and the command, for whoever reads the figures."""
-    device = platform.processor() or platform.machine()
-    if bench.device.startswith("cuda"):
-        device = torch.cuda.get_device_name(bench.device)
-    print(f"$ python {shlex.join(sys.argv)}")
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {bench.dtype}")
 
 
 def print_header() -> None:
@@ -370,13 +293,14 @@ def run(bench: Bench) -> list[Figure]:
         DraftStrategy.parse(name).drafter == "learned" for name in fixed_strategies(bench)
     ):
         raise ValueError("strategies of a learned drafter need --drafter; leave them out of --arms")
-    print_machine(bench)
+    print_machine(bench.device, bench.dtype)
     print_header()
     figures: list[Figure] = []
     for batch_size in bench.batch_sizes:
         arms = make_arms(bench, batch_size, model, drafter, bandit)
         figures += measure(bench, batch_size, arms, prompts)
-    print_summary(bench, figures)
+    if bandit is not None:
+        print_summary(figures, [OFF, *fixed_strategies(bench)])
     if bench.json is not None:
         bench.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
     if bench.plot is not None:

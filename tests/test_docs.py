@@ -14,7 +14,7 @@ from lightning.pytorch import trainer as lightning_trainer
 from fastrl import callbacks, datamodules, modules, types
 from fastrl.callbacks import feature_buffer
 from fastrl.modules import optimization
-from fastrl.rollout import bandit, torch_engine
+from fastrl.rollout import bandit, sglang_engine, torch_engine
 from fastrl.rollout.drafters import loss
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ MENTIONS = sorted(set(re.findall(r"`([A-Z]\w*)\.(\w+)`", CONFIG_PAGE)))
 
 MODULES = (
     *(lightning_callbacks, lightning_trainer, callbacks, datamodules, modules, types),
-    *(bandit, feature_buffer, loss, optimization, torch_engine),
+    *(bandit, feature_buffer, loss, optimization, sglang_engine, torch_engine),
 )
 
 ORIGINAL_KEYS = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from fastrl.model_files import download_hint
 from fastrl.rollout.weights import changes_after_head
 
 
@@ -21,8 +22,8 @@ def check_model_folder(model_path: str) -> None:
         raise FileNotFoundError(
             f"model_path: folder {model_path!r} {problem} (looked in {Path.cwd()}); expected a "
             f"Hugging Face checkpoint folder with config.json, *.safetensors and tokenizer files. "
-            f"Give its path, or download the model into a folder first; models are never fetched "
-            f"from the network"
+            f"Give its path, or download the model into a folder first{download_hint(model_path)}; "
+            f"models are never fetched from the network"
         )
 
 

@@ -26,6 +26,18 @@ def test_a_missing_folder_is_named_with_the_fix(tmp_path: Path) -> None:
         load_causal_lm(str(tmp_path))
 
 
+def test_what_may_be_a_name_on_the_hub_is_told_how_to_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"hf download Qwen/Qwen2\.5-7B --local-dir Qwen/"):
+        load_causal_lm("Qwen/Qwen2.5-7B")
+    for path in ("models/mine/policy", "/models/mine", "mine"):
+        with pytest.raises(FileNotFoundError) as error:
+            load_causal_lm(path)
+        assert "hf download" not in str(error.value)
+
+
 def test_weights_missing_from_the_checkpoint_are_an_error(
     model_folder: str, tmp_path: Path
 ) -> None:

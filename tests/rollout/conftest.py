@@ -1,7 +1,6 @@
 """One tiny target and drafter for all rollout tests; engines over them."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,8 +12,7 @@ from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sglang_engine import SGLangEngine
 from fastrl.rollout.torch_engine import TorchEngine
 from tests.rollout.tiny_models import make_drafter, make_target
-
-SGLANG_SITE = Path(__file__).parents[1] / "sglang_cpu" / "site"
+from tests.sglang_cpu import environment
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,11 +54,8 @@ def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("SGLang is not installed; see tests/sglang_cpu/requirements.txt")
     with pytest.MonkeyPatch.context() as patch, ExitStack() as engines:
-        inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(SGLANG_SITE), *inherited]))
-        patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than the tests
-        patch.setenv("OMP_NUM_THREADS", "1")
+        for name, value in environment().items():
+            patch.setenv(name, value)
 
         def start(selector: StrategySelector | None = None, **options: object) -> SGLangEngine:
             settings: dict = {

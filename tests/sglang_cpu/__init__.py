@@ -9,3 +9,19 @@ not for speed: tiny models only.
 The layouts are those of SGLang 0.5.21. Shape legend: fastrl/types.py; P places in a request's row
 of the token pool.
 """
+
+import os
+from pathlib import Path
+
+_SITE = Path(__file__).parent / "site"
+
+
+def environment() -> dict[str, str]:
+    """Variables under which a process that starts SGLang finds all this."""
+    inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    return {
+        "PYTHONPATH": os.pathsep.join([str(_SITE), *inherited]),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than the tests
+        "OMP_NUM_THREADS": "1",
+    }

@@ -148,7 +148,8 @@ class EagleDrafter(nn.Module):
             if not (folder / file).is_file():
                 raise FileNotFoundError(
                     f"drafter checkpoint {folder} has no {file}; expected a folder with "
-                    f"config.json and model.safetensors, as EagleDrafter.save_pretrained writes"
+                    f"config.json and model.safetensors, as EagleDrafter.save_pretrained writes; "
+                    f"scripts/make_drafter.py makes a fresh one for a model"
                 )
         raw = json.loads((folder / "config.json").read_text())
         if raw.get("architectures") != [ARCHITECTURE]:
