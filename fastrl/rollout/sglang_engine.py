@@ -12,7 +12,9 @@ the distribution is the same, the tokens are not.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,9 +27,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.drafter_health import DrafterHealth
 from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
 from fastrl.rollout.end_of_sequence import eos_token_ids
-from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector
+from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
 from fastrl.rollout.sampling import request_key
 from fastrl.rollout.sglang_arguments import (
     check_not_ours,
@@ -52,13 +55,15 @@ from fastrl.rollout.sglang_weights import (
     policy_skeleton,
     weight_checksums,
 )
-from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
+from fastrl.rollout.weight_differences import WeightDifference
+from fastrl.types import OFF, DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
 
 
 @dataclass(kw_only=True, slots=True)
 class _Running:
     """What exists between `start` and `close`."""
 
+    model_path: str
     process: EngineProcess
     engine: StartedEngine
     strategy: DraftStrategy
@@ -170,6 +175,10 @@ class SGLangEngine:
         self._policy_version = -1
         self._drafter_version = -1
         self._stats = EngineStats()
+        self._events = WeightEvents()
+        self._health = DrafterHealth()
+        self._failures: list[str] = []  # since the last `generate` ended
+        self._is_drafter_rejected = False
         self._running: _Running | None = None
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -183,7 +192,7 @@ class SGLangEngine:
                 weights of SGLang's model that a publication would not reach.
             EngineError: SGLang did not start within start_timeout_s; nothing of it is left.
         """
-        strategy = fixed_strategy(self.strategy_selector, self.drafter_path)
+        strategy = self._strategy_to_run()
         if not (Path(model_path) / "config.json").is_file():
             raise FileNotFoundError(
                 f"model folder {model_path} has no config.json; expected a Hugging Face checkpoint "
@@ -200,6 +209,7 @@ class SGLangEngine:
             on_failure.callback(process.end)
             engine = process.call("start", self._start_timeout_s, server_args=server_args)
             running = _Running(
+                model_path=model_path,
                 process=process,
                 engine=engine,
                 strategy=strategy,
@@ -214,8 +224,10 @@ class SGLangEngine:
             check_every_weight_is_reached(process, running.policy, running.drafter)
             if drafter is not None and running.drafter is not None:
                 running.drafter.publish(drafter.named_weights())
+                self._judge_anew(f"drafter of {self.drafter_path}", drafter.named_weights())
             on_failure.pop_all()
         self._running = running
+        self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
 
     @property
     def policy_version(self) -> int:
@@ -234,18 +246,22 @@ class SGLangEngine:
         nothing until all are sent.
         """
         running = self._started()
-        if running.config.tie_word_embeddings:
-            named_tensors = (one for one in named_tensors if one[0] != "lm_head.weight")
         running.has_policy, self._policy_version = False, -1
-        running.policy.publish(named_tensors)
+        running.policy.publish(self._without_tied(running, named_tensors))
         running.has_policy, self._policy_version = True, version
+        events = self._events
+        self._events = dataclasses.replace(events, policy_loads=events.policy_loads + 1)
 
     def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send the drafter's trainable weights; an embedding or LM head among them is left out.
 
+        After a drafter was rejected SGLang is started anew for it, and has no policy then.
         Raises ValueError as `load_policy` does.
         """
         running = self._started()
+        if self._is_drafter_rejected:
+            self._is_drafter_rejected = False
+            running = self._restarted(running.model_path)
         if running.drafter is None:
             raise ValueError(
                 f"load_drafter: the engine has no drafter (engine.drafter_path "
@@ -253,8 +269,12 @@ class SGLangEngine:
                 f"strategy that uses it, e.g. engine.strategy '4_2_8'"
             )
         running.has_drafter, self._drafter_version = False, -1
-        running.drafter.publish(without_shared(named_tensors))
+        weights = dict(without_shared(named_tensors))
+        running.drafter.publish(weights.items())
         running.has_drafter, self._drafter_version = True, version
+        events = self._events
+        self._events = dataclasses.replace(events, drafter_loads=events.drafter_loads + 1)
+        self._judge_anew(f"drafter version {version}", weights.items())
 
     @property
     def process(self) -> EngineProcess | None:
@@ -267,6 +287,42 @@ class SGLangEngine:
         """Checksums of SGLang's weights by its own names (`draft.` before the drafter's), for each
         tensor-parallel rank."""
         return weight_checksums(self._started().process)
+
+    @property
+    def weight_events(self) -> WeightEvents:
+        """What has been done to its weights so far."""
+        return self._events
+
+    def compare_policy(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[WeightDifference]:
+        """The policy's weights that differ from these; takes what a publication takes."""
+        running = self._started()
+        return running.policy.compare(self._without_tied(running, named_tensors))
+
+    def compare_drafter(
+        self, named_tensors: Iterable[tuple[str, Tensor]]
+    ) -> list[WeightDifference]:
+        """The drafter's weights that differ from these; none where speculation is off."""
+        running = self._started()
+        if running.drafter is None:
+            return []
+        return running.drafter.compare(without_shared(named_tensors))
+
+    def reject_drafter(self, reason: str) -> None:
+        """Start SGLang anew with speculation off, until the next drafter is published: stock SGLang
+        changes its strategy at no other time. The policy must be published again."""
+        running = self._started()
+        if not running.strategy.needs_learned_drafter:
+            return
+        if self._health.failure is None:
+            self._health.fail(reason)
+            self._note_failure()
+        warnings.warn(
+            f"{self._health.failure}. SGLang is started anew without speculation, until the next "
+            f"drafter is published",
+            stacklevel=2,
+        )
+        self._is_drafter_rejected = True
+        self._restarted(running.model_path)
 
     def stats(self) -> EngineStats:
         """What the last `generate` did, as far as SGLang tells (sglang_rollouts.statistics)."""
@@ -288,6 +344,7 @@ class SGLangEngine:
     def wake(self) -> None:
         """Take the memory again; `generate` refuses until the weights are published."""
         self._started().process.call("wake", MESSAGE_TIMEOUT_S)
+        self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Versions; the weights themselves are pushed again on resume."""
@@ -312,6 +369,33 @@ class SGLangEngine:
             raise ValueError("the engine is not started: call start(model_path) first")
         return self._running
 
+    def _strategy_to_run(self) -> DraftStrategy:
+        wanted = fixed_strategy(self.strategy_selector, self.drafter_path)
+        return OFF if self._is_drafter_rejected else wanted
+
+    def _restarted(self, model_path: str) -> _Running:
+        self.close()
+        self.start(model_path)
+        return self._started()
+
+    @staticmethod
+    def _without_tied(
+        running: _Running, named_tensors: Iterable[tuple[str, Tensor]]
+    ) -> Iterable[tuple[str, Tensor]]:
+        if not running.config.tie_word_embeddings:
+            return named_tensors
+        return (one for one in named_tensors if one[0] != "lm_head.weight")
+
+    def _judge_anew(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._health.start(name, weights)
+        self._note_failure()
+
+    def _note_failure(self) -> None:
+        """Name a drafter just found bad; whether it goes on drafting is the caller's decision."""
+        if self._health.failure is not None:
+            self._failures.append(self._health.failure)
+            warnings.warn(self._health.failure, stacklevel=3)
+
     def _all_server_args(self, model_path: str, strategy: DraftStrategy) -> dict[str, Any]:
         ours = (
             self._server_args
@@ -332,6 +416,7 @@ class SGLangEngine:
             dtype=getattr(torch, self._dtype),
             device=self._device,
             bucket_mib=self._bucket_mib,
+            num_ranks=self._server_args["tp_size"],
         )
 
     def _new_log(self) -> Path:
@@ -410,9 +495,30 @@ class SGLangEngine:
             num_prompt_tokens=sum(len(prompt.tokens) for prompt, _ in requests),
             seconds=perf_counter() - started,
         )
+        self._look_at_drafts(self._stats)
+        self._stats = dataclasses.replace(self._stats, drafter_failures=tuple(self._failures))
+        self._failures.clear()
         if self.on_idle is not None and self.others_generate():
             self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
         return rollouts
+
+    def probe(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int = 0
+    ) -> list[Rollout]:
+        """One response a prompt, for a check; see `RolloutEngine.probe`."""
+        stats, on_idle = self._stats, self.on_idle
+        self.on_idle = None
+        try:
+            rollouts = self.generate(prompts, sampling, seed=seed)
+            self._failures.extend(self._stats.drafter_failures)  # for the next `generate` to tell
+        finally:
+            self._stats, self.on_idle = stats, on_idle
+        return rollouts
+
+    def _look_at_drafts(self, stats: EngineStats) -> None:
+        if self._health.failure is None and stats.offered_by_depth:
+            self._health.record_rows(stats.offered_by_depth[0], stats.accepted_by_depth[0])
+            self._note_failure()
 
     def _check_ready(
         self, running: _Running, sampling: SamplingParams, return_hidden_states: bool
@@ -424,9 +530,7 @@ class SGLangEngine:
                 "the engine's drafter is not whole, since it slept or a publication failed: call "
                 "load_drafter before generate"
             )
-        if (
-            strategy := fixed_strategy(self.strategy_selector, self.drafter_path)
-        ) != running.strategy:
+        if (strategy := self._strategy_to_run()) != running.strategy:
             raise ValueError(
                 f"the engine runs strategy {running.strategy}, which stock SGLang cannot change to "
                 f"{strategy} after its start: close the engine, and start it anew"
