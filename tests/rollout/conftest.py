@@ -50,8 +50,8 @@ def engine(folders, target_model):
 
 @pytest.fixture(scope="session")
 def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
-    """Starts SGLang over the tiny target, on the CPU, in float32; ended with the session if not
-    before. Options are the engine's."""
+    """Starts SGLang over the tiny target (or `model_path`), on the CPU, in float32; ended with the
+    session if not before. Options are the engine's."""
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("SGLang is not installed; see tests/sglang_cpu/requirements.txt")
     with pytest.MonkeyPatch.context() as patch, ExitStack() as engines:
@@ -61,7 +61,7 @@ def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than the tests
         patch.setenv("OMP_NUM_THREADS", "1")
 
-        def start(**options: object) -> SGLangEngine:
+        def start(model_path: str = str(folders[0]), **options: object) -> SGLangEngine:
             settings: dict = {
                 "drafter_path": str(folders[1]),
                 "dtype": "float32",
@@ -80,7 +80,7 @@ def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
             } | settings.get("server_args", {})
             engine = SGLangEngine(**settings)
             engines.callback(engine.close)
-            engine.start(str(folders[0]))
+            engine.start(model_path)
             return engine
 
         yield start
