@@ -6,12 +6,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from fastrl.rollout import sglang_engine as sglang_engine_module
+from fastrl.rollout.sglang_process import EngineError
 from fastrl.rollout.sglang_weights import _handles
 from fastrl.rollout.weight_check import WeightCheck
 from fastrl.rollout.weight_differences import WeightError
 from fastrl.types import SamplingParams
 from tests.rollout.test_sglang_engine import echoing_drafter, random_drafter
-from tests.rollout.tiny_models import make_prompts, make_target
+from tests.rollout.tiny_models import make_eagle3_drafter, make_prompts, make_target
 
 pytestmark = pytest.mark.sglang
 
@@ -213,3 +215,48 @@ def test_without_its_drafter_the_engine_goes_on_until_the_next(
     assert [rollout.tokens for rollout in engine.generate(make_prompts(3), GREEDY)] == expected
     assert engine.stats().accept_length > 1.1
     engine.close()
+
+
+# -- a drafter of another kind --------------------------------------------------------------------
+
+
+@contextmanager
+def unchecked(monkeypatch, algorithm: str, drafter: str):
+    """Start SGLang with speculation as it is told, past the checks."""
+    with monkeypatch.context() as patch:
+        arguments = {
+            "speculative_algorithm": algorithm,
+            "speculative_draft_model_path": drafter,
+            "speculative_num_steps": 3,
+            "speculative_eagle_topk": 4,
+            "speculative_num_draft_tokens": 8,
+        }
+        patch.setattr(sglang_engine_module, "speculation_arguments", lambda *_: arguments)
+        patch.setattr(sglang_engine_module, "check_every_weight_is_reached", lambda *_: None)
+        yield
+
+
+def test_an_eagle3_drafter_under_the_eagle_flag(start_sglang, target_model, tmp_path, monkeypatch):
+    """SGLang runs it without a word, and accepts what chance brings; we never start it."""
+    make_eagle3_drafter(tmp_path / "eagle3", target_model)
+    with unchecked(monkeypatch, "EAGLE", str(tmp_path / "eagle3")):
+        engine = start_sglang(strategy="off")
+    engine.load_policy(target_model.named_parameters(), version=0)
+    rollouts = engine.generate(make_prompts(6), GREEDY)
+    num_verified = sum(rollout.num_verify_steps for rollout in rollouts)
+    assert sum(len(rollout.tokens) - 1 for rollout in rollouts) / num_verified < 1.3
+    engine.close()
+    with pytest.raises(ValueError, match="is an EAGLE-3 drafter"):
+        start_sglang(strategy="3_4_8", drafter_path=str(tmp_path / "eagle3"))
+
+
+def test_an_eagle_drafter_under_the_eagle3_flag(start_sglang, folders, monkeypatch):
+    """SGLang dies of it, far from the reason; our options do not let it be asked for."""
+    with (
+        unchecked(monkeypatch, "EAGLE3", str(folders[1])),
+        pytest.raises(EngineError, match="hot_token_id"),
+    ):
+        start_sglang(strategy="off")
+    for strategy in ("off", "3_4_8"):
+        with pytest.raises(ValueError, match=r"must not hold \['speculative_algorithm'\]"):
+            start_sglang(strategy=strategy, server_args={"speculative_algorithm": "EAGLE3"})
