@@ -1,5 +1,6 @@
 """Known failures of others on real SGLang: each is silent without the check, and named by it."""
 
+import json
 import warnings
 from contextlib import contextmanager
 
@@ -260,3 +261,32 @@ def test_an_eagle_drafter_under_the_eagle3_flag(start_sglang, folders, monkeypat
     for strategy in ("off", "3_4_8"):
         with pytest.raises(ValueError, match=r"must not hold \['speculative_algorithm'\]"):
             start_sglang(strategy=strategy, server_args={"speculative_algorithm": "EAGLE3"})
+
+
+# -- the cache's size -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_an_embedding_of_the_drafters_own_when_the_cache_is_sized(
+    start_sglang, target_model, monkeypatch, tmp_path, is_shared
+):
+    """Stock SGLang holds the drafter's while it measures what is left for the cache."""
+    monkeypatch.setenv("SGLANG_PLUGINS", "fastrl_sglang_cpu")
+    monkeypatch.setenv("FASTRL_TEST_EMBEDDINGS", str(tmp_path / "own.json"))
+    if is_shared:
+        monkeypatch.setenv("FASTRL_TEST_SHARED", "1")
+    engine = start_sglang(strategy="3_4_8")
+    own = json.loads((tmp_path / "own.json").read_text())
+    padded_vocab_size, size = 64, target_model.config.hidden_size
+    if is_shared:
+        assert own == {}
+    else:
+        assert own == dict.fromkeys(
+            ("model.embed_tokens.weight", "lm_head.weight"), padded_vocab_size * size * 4
+        )
+    engine.load_policy(target_model.named_parameters(), version=0)
+    (checksums,) = engine.weight_checksums()
+    embedding = checksums["model.embed_tokens.weight"]
+    assert checksums["draft.model.embed_tokens.weight"] == embedding
+    assert engine.generate(make_prompts(2), GREEDY)
+    engine.close()
