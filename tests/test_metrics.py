@@ -13,8 +13,14 @@ from tests.test_quickstart import in_the_repository, run_quickstart
 __all__ = ["in_the_repository"]  # a fixture that applies to this file as well
 
 METRICS = Path(__file__).parents[1] / "docs" / "metrics.md"
-# Not in the run below: what `fastrl test` writes, a drafter's training on a budget.
-OF_OTHER_RUNS = {"reward/test", "reward/test_pass@{k}", "drafter/max_time_share"}
+# Not in the run below: what `fastrl test` writes, a drafter's training on a budget, health checks.
+OF_OTHER_RUNS = {
+    "reward/test",
+    "reward/test_pass@{k}",
+    "drafter/max_time_share",
+    "health/canary_gap",
+    "time/health",
+}
 
 
 def described_tags(markdown: str) -> list[str]:

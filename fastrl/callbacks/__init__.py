@@ -1,6 +1,7 @@
 """Hooks into an RL run: drafter training, strategy adaptation, and what a run shows."""
 
 from fastrl.callbacks.drafter_training import DrafterTraining
+from fastrl.callbacks.health import WeightHealth
 from fastrl.callbacks.progress_bar import RolloutProgressBar
 from fastrl.callbacks.random_state import RandomState
 from fastrl.callbacks.rollout_dump import RolloutDump
@@ -22,4 +23,5 @@ __all__ = [
     "StepCheckpoint",
     "StrategyAdaptation",
     "TextSamples",
+    "WeightHealth",
 ]

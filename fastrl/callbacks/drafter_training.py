@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -119,6 +120,11 @@ class DrafterTraining(Callback):
         """Whether the engine has all that was trained."""
         self._idle_seconds = 0.0
         self._restored: dict[str, Any] | None = None
+
+    @property
+    def published_weights(self) -> Mapping[str, Tensor] | None:
+        """What the engine was last given; None: what it loaded by itself, its checkpoint."""
+        return self._published
 
     # Hooks
 

@@ -141,6 +141,9 @@ class RolloutDataModule(pl.LightningDataModule):
         self._cursor = PromptCursor()
         self._train_prompts: list[Prompt] = []
         self._held_out_prompts: list[Prompt] = []
+        self.on_published: Callable[[], None] | None = None
+        """Called before each generation, when the engine has the weights that it is to use: what
+        holds them against the policy's."""
         self._pad_token_id = 0
         self._is_started = False
         self._has_published = False
@@ -272,8 +275,11 @@ class RolloutDataModule(pl.LightningDataModule):
         """Publish → generate → score → collate. `stream` is the RL step that seeds the
         randomness."""
         started = time.perf_counter()
-        self._publish_policy()
+        self.publish_policy()
         published = time.perf_counter()
+        if self.on_published is not None:
+            self.on_published()
+        checked = time.perf_counter()
         rollouts = self.engine.generate(
             prompts, sampling, num_samples=num_samples, seed=self.seed, rl_step=stream
         )
@@ -291,7 +297,7 @@ class RolloutDataModule(pl.LightningDataModule):
             stats=self.engine.stats(),
             timings={
                 "publish": published - started,
-                "rollout": generated - published,
+                "rollout": generated - checked,
                 "reward": scored - generated,
             },
         )
@@ -301,7 +307,7 @@ class RolloutDataModule(pl.LightningDataModule):
         assert self.trainer is not None, "rollouts need a Trainer, whose module is the policy"
         return cast(PolicySource, self.trainer.lightning_module)
 
-    def _publish_policy(self) -> None:
+    def publish_policy(self) -> None:
         """Push the weights to an engine just started, and whenever they have changed."""
         self.ensure_started()
         policy = self._policy

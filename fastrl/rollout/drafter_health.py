@@ -62,11 +62,16 @@ class DrafterHealth:
 
     def record(self, stats: StepStats) -> None:
         """Look at a decode step; those of other drafters, and of none, show nothing."""
-        if not stats.strategy.needs_learned_drafter or self.failure is not None:
+        if stats.strategy.needs_learned_drafter:
+            self.record_rows(stats.batch_size, sum(stats.accepted_by_rank[0]))
+
+    def record_rows(self, num_rows: int, num_accepted: int) -> None:
+        """Look at rows that a learned strategy drafted for, in one step or in several, and at how
+        many of them accepted a token at depth 1."""
+        if self.failure is not None:
             return
-        num_accepted = sum(stats.accepted_by_rank[0])
-        self._steps.append((stats.batch_size, num_accepted))
-        self._num_rows += stats.batch_size
+        self._steps.append((num_rows, num_accepted))
+        self._num_rows += num_rows
         self._num_accepted += num_accepted
         while self._num_rows - self._steps[0][0] >= self.window_rows:
             rows, accepted = self._steps.popleft()

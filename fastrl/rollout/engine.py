@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from fastrl.rollout.weight_differences import WeightDifference
 from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams, StepStats
 
 
@@ -33,6 +34,17 @@ class CostQuery:
     strategy: DraftStrategy
     batch_size: int
     context_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightEvents:
+    """How often an engine's weights have been touched: equal counts, equal weights."""
+
+    policy_loads: int = 0
+    drafter_loads: int = 0
+    """Publications; the checkpoint that an engine starts with is none."""
+    wakes: int = 0
+    """Starts included: all weights have come anew."""
 
 
 @runtime_checkable
@@ -117,6 +129,34 @@ class RolloutEngine(Protocol):
 
     def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the drafter's trainable weights; embedding and LM head stay the policy's."""
+        ...
+
+    @property
+    def weight_events(self) -> WeightEvents:
+        """What has been done to its weights so far."""
+        ...
+
+    def compare_policy(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[WeightDifference]:
+        """Hold the policy's weights that it serves against these (Hugging Face names, all of them):
+        those that differ. Nothing is changed."""
+        ...
+
+    def compare_drafter(
+        self, named_tensors: Iterable[tuple[str, Tensor]]
+    ) -> list[WeightDifference]:
+        """The same of the drafter's trainable weights; none differ where it runs no drafter."""
+        ...
+
+    def probe(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int = 0
+    ) -> list[Rollout]:
+        """One response a prompt, for a check: what is remembered of rollouts, `stats` among it,
+        does not hold it, nor does `on_idle` follow it."""
+        ...
+
+    def reject_drafter(self, reason: str) -> None:
+        """Speculate without the learned drafter until the next is published: by n-grams, if the
+        selector has such strategies, or not at all. Warns, and counts it in `stats`."""
         ...
 
     def stats(self) -> EngineStats:

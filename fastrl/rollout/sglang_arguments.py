@@ -79,9 +79,18 @@ def place_arguments(device: torch.device) -> dict[str, Any]:
     return arguments
 
 
+_SPECULATION = (
+    "speculative_algorithm",
+    "speculative_draft_model_path",
+    "speculative_num_steps",
+    "speculative_eagle_topk",
+    "speculative_num_draft_tokens",
+)
+
+
 def check_not_ours(further: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise ValueError for arguments given past the options that set them."""
-    if both := sorted(further.keys() & ours.keys()):
+    if both := sorted(further.keys() & {*ours, *_SPECULATION}):
         raise ValueError(
             f"server_args must not hold {both}, which the engine's own options set; use those"
         )

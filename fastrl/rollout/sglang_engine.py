@@ -14,7 +14,9 @@ are not.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,9 +29,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.drafter_health import DrafterHealth
 from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
 from fastrl.rollout.end_of_sequence import eos_token_ids
-from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector
+from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
 from fastrl.rollout.sampling import request_key
 from fastrl.rollout.sglang_adaptation import answer_cost_queries, check_in_pool, lent, take_back
 from fastrl.rollout.sglang_arguments import (
@@ -59,13 +62,15 @@ from fastrl.rollout.sglang_weights import (
     policy_skeleton,
     weight_checksums,
 )
-from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
+from fastrl.rollout.weight_differences import WeightDifference
+from fastrl.types import OFF, DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
 
 
 @dataclass(kw_only=True, slots=True)
 class _Running:
     """What exists between `start` and `close`."""
 
+    model_path: str
     process: EngineProcess
     engine: StartedEngine
     strategies: tuple[DraftStrategy, ...]
@@ -182,6 +187,10 @@ class SGLangEngine:
         self._policy_version = -1
         self._drafter_version = -1
         self._stats = EngineStats()
+        self._events = WeightEvents()
+        self._health = DrafterHealth()
+        self._failures: list[str] = []  # since the last `generate` ended
+        self._is_drafter_rejected = False
         self._running: _Running | None = None
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -195,7 +204,7 @@ class SGLangEngine:
                 weights of SGLang's model that a publication would not reach.
             EngineError: SGLang did not start within start_timeout_s; nothing of it is left.
         """
-        strategies = checked_strategies(self.strategy_selector, self.drafter_path)
+        strategies = self._strategies_to_run()
         pool = strategy_pool(self.strategy_selector, self._max_batch_size)
         if not (Path(model_path) / "config.json").is_file():
             raise FileNotFoundError(
@@ -215,6 +224,7 @@ class SGLangEngine:
                 "start", self._start_timeout_s, server_args=server_args, pool=pool
             )
             running = _Running(
+                model_path=model_path,
                 process=process,
                 engine=engine,
                 strategies=strategies if pool is None else tuple(pool.strategies),
@@ -230,8 +240,10 @@ class SGLangEngine:
             check_every_weight_is_reached(process, running.policy, running.drafter)
             if drafter is not None and running.drafter is not None:
                 running.drafter.publish(drafter.named_weights())
+                self._judge_anew(f"drafter of {self.drafter_path}", drafter.named_weights())
             on_failure.pop_all()
         self._running = running
+        self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
 
     @property
     def policy_version(self) -> int:
@@ -250,18 +262,23 @@ class SGLangEngine:
         nothing until all are sent.
         """
         running = self._started()
-        if running.config.tie_word_embeddings:
-            named_tensors = (one for one in named_tensors if one[0] != "lm_head.weight")
         running.has_policy, self._policy_version = False, -1
-        running.policy.publish(named_tensors)
+        running.policy.publish(self._without_tied(running, named_tensors))
         running.has_policy, self._policy_version = True, version
+        events = self._events
+        self._events = dataclasses.replace(events, policy_loads=events.policy_loads + 1)
 
     def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send the drafter's trainable weights; an embedding or LM head among them is left out.
 
+        After a drafter was rejected SGLang is started anew for it, and has no policy then.
         Raises ValueError as `load_policy` does.
         """
         running = self._started()
+        if self._is_drafter_rejected:
+            self._is_drafter_rejected = False
+            if running.pool is None:
+                running = self._restarted(running.model_path)
         if running.drafter is None:
             raise ValueError(
                 f"load_drafter: the engine has no drafter (engine.drafter_path "
@@ -269,8 +286,14 @@ class SGLangEngine:
                 f"and a strategy that uses it, e.g. engine.strategy '4_2_8'"
             )
         running.has_drafter, self._drafter_version = False, -1
-        running.drafter.publish(without_shared(named_tensors))
+        weights = dict(without_shared(named_tensors))
+        running.drafter.publish(weights.items())
         running.has_drafter, self._drafter_version = True, version
+        events = self._events
+        self._events = dataclasses.replace(events, drafter_loads=events.drafter_loads + 1)
+        self._judge_anew(f"drafter version {version}", weights.items())
+        if running.pool is not None:
+            self.strategy_selector.exclude(())
 
     @property
     def process(self) -> EngineProcess | None:
@@ -283,6 +306,45 @@ class SGLangEngine:
         """Checksums of SGLang's weights by its own names (`draft.` before the drafter's), for each
         tensor-parallel rank."""
         return weight_checksums(self._started().process)
+
+    @property
+    def weight_events(self) -> WeightEvents:
+        """What has been done to its weights so far."""
+        return self._events
+
+    def compare_policy(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[WeightDifference]:
+        """The policy's weights that differ from these; takes what a publication takes."""
+        running = self._started()
+        return running.policy.compare(self._without_tied(running, named_tensors))
+
+    def compare_drafter(
+        self, named_tensors: Iterable[tuple[str, Tensor]]
+    ) -> list[WeightDifference]:
+        """The drafter's weights that differ from these; none where speculation is off."""
+        running = self._started()
+        if running.drafter is None:
+            return []
+        return running.drafter.compare(without_shared(named_tensors))
+
+    def reject_drafter(self, reason: str) -> None:
+        """Speculate no more until the next drafter is published. Stock SGLang, which changes its
+        strategy at no other time, is started anew for it: the policy must be published again."""
+        running = self._started()
+        if not any(strategy.needs_learned_drafter for strategy in running.strategies):
+            return
+        if self._health.failure is None:
+            self._health.fail(reason)
+            self._note_failure()
+        if running.pool is not None:
+            self._is_drafter_rejected = True
+            return
+        warnings.warn(
+            f"{self._health.failure}. SGLang is started anew without speculation, until the next "
+            f"drafter is published",
+            stacklevel=2,
+        )
+        self._is_drafter_rejected = True
+        self._restarted(running.model_path)
 
     def stats(self) -> EngineStats:
         """What the last `generate` did, as far as SGLang tells (sglang_rollouts.statistics)."""
@@ -304,6 +366,7 @@ class SGLangEngine:
     def wake(self) -> None:
         """Take the memory again; `generate` refuses until the weights are published."""
         self._started().process.call("wake", MESSAGE_TIMEOUT_S)
+        self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Versions; the weights themselves are pushed again on resume."""
@@ -328,6 +391,34 @@ class SGLangEngine:
             raise ValueError("the engine is not started: call start(model_path) first")
         return self._running
 
+    def _strategies_to_run(self) -> tuple[DraftStrategy, ...]:
+        wanted = checked_strategies(self.strategy_selector, self.drafter_path)
+        is_fixed = isinstance(self.strategy_selector, FixedStrategy)
+        return (OFF,) if self._is_drafter_rejected and is_fixed else wanted
+
+    def _restarted(self, model_path: str) -> _Running:
+        self.close()
+        self.start(model_path)
+        return self._started()
+
+    @staticmethod
+    def _without_tied(
+        running: _Running, named_tensors: Iterable[tuple[str, Tensor]]
+    ) -> Iterable[tuple[str, Tensor]]:
+        if not running.config.tie_word_embeddings:
+            return named_tensors
+        return (one for one in named_tensors if one[0] != "lm_head.weight")
+
+    def _judge_anew(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._health.start(name, weights)
+        self._note_failure()
+
+    def _note_failure(self) -> None:
+        """Name a drafter just found bad; whether it goes on drafting is the caller's decision."""
+        if self._health.failure is not None:
+            self._failures.append(self._health.failure)
+            warnings.warn(self._health.failure, stacklevel=3)
+
     def _all_server_args(
         self, model_path: str, strategies: tuple[DraftStrategy, ...], pool: StrategyPool | None
     ) -> dict[str, Any]:
@@ -350,6 +441,7 @@ class SGLangEngine:
             dtype=getattr(torch, self._dtype),
             device=self._device,
             bucket_mib=self._bucket_mib,
+            num_ranks=self._server_args["tp_size"],
         )
 
     def _new_log(self) -> Path:
@@ -396,6 +488,9 @@ class SGLangEngine:
         report: SessionReport | None = None
         if requests:
             if running.pool is not None:
+                if self._is_drafter_rejected or self._health.failure is not None:
+                    # Whichever selector is set by now.
+                    self.strategy_selector.exclude(running.pool.trees)
                 self._answer_cost_queries(running, prompts, sampling, max_sequence)
             with lent(self.strategy_selector) as selector:
                 raws, report = running.process.call(
@@ -443,6 +538,9 @@ class SGLangEngine:
                 num_prompt_tokens=num_prompt_tokens,
                 seconds=perf_counter() - started,
             )
+        self._look_at_drafts(self._stats)
+        self._stats = dataclasses.replace(self._stats, drafter_failures=tuple(self._failures))
+        self._failures.clear()
         if self.on_idle is not None and self.others_generate():
             self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
         return rollouts
@@ -467,6 +565,26 @@ class SGLangEngine:
             sampling=sampling,
         )
 
+    def probe(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int = 0
+    ) -> list[Rollout]:
+        """One response a prompt, for a check; see `RolloutEngine.probe`."""
+        stats, on_idle, selector = self._stats, self.on_idle, self.strategy_selector
+        self.on_idle = None
+        if self._started().pool is not None:
+            self.strategy_selector = FixedStrategy("off")  # a bandit learns nothing from a check
+        try:
+            rollouts = self.generate(prompts, sampling, seed=seed)
+            self._failures.extend(self._stats.drafter_failures)  # for the next `generate` to tell
+        finally:
+            self._stats, self.on_idle, self.strategy_selector = stats, on_idle, selector
+        return rollouts
+
+    def _look_at_drafts(self, stats: EngineStats) -> None:
+        if self._health.failure is None and stats.offered_by_depth:
+            self._health.record_rows(stats.offered_by_depth[0], stats.accepted_by_depth[0])
+            self._note_failure()
+
     def _check_ready(
         self, running: _Running, sampling: SamplingParams, return_hidden_states: bool
     ) -> None:
@@ -477,7 +595,13 @@ class SGLangEngine:
                 "the engine's drafter is not whole, since it slept or a publication failed: call "
                 "load_drafter before generate"
             )
-        check_in_pool(self.strategy_selector, running.strategies)
+        if running.pool is not None:
+            check_in_pool(self.strategy_selector, running.strategies)
+        elif (strategies := self._strategies_to_run()) != running.strategies:
+            raise ValueError(
+                f"the engine runs strategy {running.strategies[0]}, which stock SGLang cannot "
+                f"change to {strategies[0]} after its start: close the engine, and start it anew"
+            )
         if return_hidden_states and not self._hidden_states:
             raise ValueError(
                 "generate: SGLang was not started for hidden states; set engine.hidden_states: true"

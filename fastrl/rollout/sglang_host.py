@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.sglang_comparison import COMPARERS, is_drafter
 from fastrl.rollout.sglang_plugin import ALGORITHM, RPC_PREFIX, packed, unpacked
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.rollout.sglang_process import RawResponse, Role, StartedEngine
@@ -64,9 +65,10 @@ class EngineHost:
             pool.write_to(os.environ)
             # After a plain step the plugin has the drafter read nothing, or many tokens at once.
             os.environ["SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND"] = "1"
+        loaders = [*(server_args.get("custom_weight_loader") or []), *COMPARERS.values()]
         if not self._has_update_sessions:
-            loaders = server_args.get("custom_weight_loader") or []
-            server_args["custom_weight_loader"] = [*loaders, DRAFTER_LOADER]
+            loaders.append(DRAFTER_LOADER)
+        server_args["custom_weight_loader"] = loaders
         self._engine = sglang.Engine(**server_args)
         self._tp_size = int(server_args["tp_size"])
         scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
@@ -164,26 +166,37 @@ class EngineHost:
 
     def serve_update(self, role: Role, payload: bytes) -> None:
         """Hand a bucket on: `payload` is handles to [(name, tensor), …], unread here."""
+        # Before 0.5.21 the target has no switch to be left out by, so a loader leaves it out.
+        is_old_draft = role == "draft" and not self._has_update_sessions
+        self._update(role, payload, loader=DRAFTER_LOADER if is_old_draft else None)
+
+    def serve_compare(self, role: Role, payload: bytes) -> None:
+        """Have each rank compare a bucket with its weights (sglang_comparison.py), and report."""
+        self._update(role, payload, loader=COMPARERS[role])
+
+    def _update(self, role: Role, payload: bytes, *, loader: str | None) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
-        route: dict[str, Any]
+        route: dict[str, Any] = {}
         if self._has_update_sessions:
             route = {"selector": role}
         elif role == "target":
             route = {"disable_draft_model": True}
-        else:  # the target has no switch like that, so a loader leaves it out
-            route = {"load_format": DRAFTER_LOADER}
         request = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=[payload] * self._tp_size, flush_cache=False, **route
+            serialized_named_tensors=[payload] * self._tp_size,
+            flush_cache=False,
+            load_format=loader,
+            **route,
         )
         manager = self._engine.tokenizer_manager
         self._check(self._wait(manager.update_weights_from_tensor(request, None)))
 
-    def serve_end_update(self) -> None:
+    def serve_end_update(self, has_new_weights: bool = True) -> None:
         """After the buckets of one publication: what the old weights computed is forgotten."""
         if self._has_update_sessions:
             self._check(self._engine.end_weight_update())
-        self._flush()
+        if has_new_weights:
+            self._flush()
 
     def _flush(self) -> None:
         flushed = self._engine.flush_cache()
@@ -241,7 +254,7 @@ DRAFTER_LOADER = "fastrl.rollout.sglang_host.load_drafter_only"
 
 def load_drafter_only(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> None:
     """SGLang before 0.5.21 offers a publication to both models: the target does not take it."""
-    if "Eagle" in type(model).__name__:
+    if is_drafter(model):
         model.load_weights(list(named_tensors))
 
 

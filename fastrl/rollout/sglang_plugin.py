@@ -14,6 +14,8 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+from fastrl.rollout.sglang_shared_embedding import register as share_embedding_early
+
 ALGORITHM = "FASTRL"
 RPC_PREFIX = "fastrl_"
 
@@ -29,6 +31,7 @@ def register() -> None:
         ALGORITHM, supports_overlap=True, spec_class=_eagle_but_worker()
     )
     enter(_worker_class)
+    share_embedding_early()
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.handle_rpc_request",
         _answer_rpc,

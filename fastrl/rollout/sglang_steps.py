@@ -71,7 +71,7 @@ class VerifiedTree:
     next_sibling_BN: Nodes
     """Next child of the same parent; -1 after the last."""
     accepted_BD: Nodes
-    """Nodes of the accepted path, the root first, numbered over all rows' trees; -1 after its end."""
+    """The accepted path, root first, its nodes numbered over all rows; -1 after its end."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,12 +14,17 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from fastrl.rollout.sglang_comparison import folder_entry, read_differences
 from fastrl.rollout.sglang_process import EngineProcess, Role
+from fastrl.rollout.weight_differences import WeightDifference
 from fastrl.rollout.weights import check_fits
 
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -49,6 +54,7 @@ class WeightPublisher:
         skeleton: the model's own names and shapes.
         dtype, device: of the engine's weights.
         bucket_mib: most MiB of tensors sent in one message; a larger tensor is a bucket of its own.
+        num_ranks: of the tensor-parallel group that serves them.
     """
 
     def __init__(
@@ -60,8 +66,10 @@ class WeightPublisher:
         dtype: torch.dtype,
         device: torch.device,
         bucket_mib: int,
+        num_ranks: int = 1,
     ) -> None:
         self._process, self._role = process, role
+        self._num_ranks = num_ranks
         self._skeleton = skeleton
         self._dtype, self._device = dtype, device
         self._bucket_bytes = bucket_mib * 2**20
@@ -74,15 +82,32 @@ class WeightPublisher:
 
         Raises ValueError naming all missing, unknown and misshapen tensors.
         """
+        self._send("update", map(_handles, self._buckets(named_tensors)))
+
+    def compare(self, named_tensors: NamedTensors) -> list[WeightDifference]:
+        """Send all weights as `publish` does, to be held against those that are served.
+
+        Takes what a publication takes, in time and in bandwidth. Raises as `publish` does.
+        """
+        with TemporaryDirectory(prefix="fastrl-weights-") as folder:
+            self._send(
+                "compare",
+                (
+                    _handles([folder_entry(Path(folder)), *bucket])
+                    for bucket in self._buckets(named_tensors)
+                ),
+            )
+            return read_differences(Path(folder), self._num_ranks)
+
+    def _send(self, request: Literal["update", "compare"], payloads: Iterable[bytes]) -> None:
         call = self._process.call
         call("begin_update", MESSAGE_TIMEOUT_S, role=self._role)
         try:
-            for bucket in self._buckets(named_tensors):
-                payload = _handles(bucket)
-                call("update", MESSAGE_TIMEOUT_S, role=self._role, payload=payload)
+            for payload in payloads:
+                call(request, MESSAGE_TIMEOUT_S, role=self._role, payload=payload)
         finally:
             if not self._process.has_ended:
-                call("end_update", MESSAGE_TIMEOUT_S)
+                call("end_update", MESSAGE_TIMEOUT_S, has_new_weights=request == "update")
 
     def publish_probe(self) -> None:
         """Send one number in place of every weight."""

@@ -29,7 +29,7 @@ from sglang.srt.layers.moe.utils import (
     speculative_moe_backend_context,
 )
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.speculative import eagle_worker_common
+from sglang.srt.speculative import eagle_worker_common, spec_utils
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleDraftInput
 from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
 from sglang.srt.speculative.eagle_worker_common import prepare_for_draft_extend
@@ -256,8 +256,8 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
 
     def _verified_tree(self, strategy: DraftStrategy) -> VerifiedTree | None:
         """On its way to the host; SGLang's copies of the same stream come later."""
-        if strategy.topk <= 1 or self._verified is None:
-            return None
+        if strategy.topk <= 1 or self._verified is None or spec_utils.SIMULATE_ACC_LEN > 0:
+            return None  # simulated paths are no paths of the tree
         verify_input, path_BD = self._verified
 
         def fetched(tensor: Tensor) -> Any:

@@ -18,8 +18,9 @@ from fastrl.datamodules.prompts import (
     split_disjoint,
 )
 from fastrl.datamodules.rewards import RewardFunction
-from fastrl.rollout.engine import CostQuery, IdleHook, StrategySelector
+from fastrl.rollout.engine import CostQuery, IdleHook, StrategySelector, WeightEvents
 from fastrl.rollout.sampling import request_key
+from fastrl.rollout.weight_differences import WeightDifference
 from fastrl.types import (
     OFF,
     DraftStrategy,
@@ -140,6 +141,23 @@ class FakeEngine:
 
     def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         raise AssertionError("the data module does not publish drafters")
+
+    @property
+    def weight_events(self) -> WeightEvents:
+        return WeightEvents(policy_loads=self.num_loads, wakes=self.num_starts)
+
+    def compare_policy(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[WeightDifference]:
+        raise AssertionError("the data module compares nothing")
+
+    compare_drafter = compare_policy
+
+    def probe(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int = 0
+    ) -> list[Rollout]:
+        raise AssertionError("the data module asks no canaries")
+
+    def reject_drafter(self, reason: str) -> None:
+        raise AssertionError("the data module judges no drafters")
 
     def stats(self) -> EngineStats:
         return EngineStats(num_rollouts=self._num_rollouts)

@@ -70,6 +70,18 @@ def test_lag_is_zero(model_folder: str, tmp_path: Path) -> None:
     assert [batch.rl_step for batch in policy.train_batches] == [0, 1, 2, 3, 4, 5]
 
 
+def test_between_publication_and_generation_there_is_time_to_look(
+    model_folder: str, tmp_path: Path
+) -> None:
+    data, policy = make_data(model_folder, num_steps=3), FakePolicy()
+    engine = data.engine
+    assert isinstance(engine, FakeEngine)
+    seen: list[tuple[int, int]] = []
+    data.on_published = lambda: seen.append((engine.policy_version, len(engine.calls)))
+    make_trainer(tmp_path).fit(policy, datamodule=data)
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+
+
 class Unsized(IterableDataset[RolloutBatch]):
     """The same stream with its length hidden."""
 

@@ -49,15 +49,19 @@ def engine(folders, target_model):
 
 @pytest.fixture(scope="session")
 def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
-    """Starts SGLang over the tiny target, on the CPU, in float32; ended with the session if not
-    before. Options are the engine's."""
+    """Starts SGLang over the tiny target (or `model_path`), on the CPU, in float32; ended with the
+    session if not before. Options are the engine's."""
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("SGLang is not installed; see tests/sglang_cpu/requirements.txt")
     with pytest.MonkeyPatch.context() as patch, ExitStack() as engines:
         for name, value in environment().items():
             patch.setenv(name, value)
 
-        def start(selector: StrategySelector | None = None, **options: object) -> SGLangEngine:
+        def start(
+            model_path: str = str(folders[0]),
+            selector: StrategySelector | None = None,
+            **options: object,
+        ) -> SGLangEngine:
             settings: dict = {
                 "drafter_path": str(folders[1]),
                 "dtype": "float32",
@@ -78,7 +82,7 @@ def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
             engines.callback(engine.close)
             if selector is not None:
                 engine.strategy_selector = selector
-            engine.start(str(folders[0]))
+            engine.start(model_path)
             return engine
 
         yield start

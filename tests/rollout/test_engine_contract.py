@@ -1,12 +1,16 @@
 """What every rollout engine keeps to; each engine joins by an entry in the fixture."""
 
+import copy
+
 import pytest
 import torch
 
-from fastrl.rollout.engine import RolloutEngine
+from fastrl.rollout.canary import canary_gap
+from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.engine import RolloutEngine, WeightEvents
 from fastrl.rollout.sampling import log_distribution
 from fastrl.types import FinishReason, SamplingParams
-from tests.rollout.tiny_models import EOS, make_prompts
+from tests.rollout.tiny_models import EOS, make_prompts, make_target
 
 SAMPLING = SamplingParams(max_tokens=16)
 
@@ -101,6 +105,65 @@ def test_misnamed_weights_are_refused_by_name(any_engine, target_model, name):
     weights[f"{name}_misspelt"] = weights.pop(name)
     with pytest.raises(ValueError, match=rf"missing \['{name}'\], unknown \['{name}_misspelt'\]"):
         any_engine.load_policy(weights.items(), version=1)
+
+
+def test_weights_are_compared_under_their_published_names(any_engine, target_model):
+    published = {name: tensor.clone() for name, tensor in target_model.named_parameters()}
+    assert any_engine.compare_policy(published.items()) == []
+    published["model.layers.1.mlp.up_proj.weight"][3, 5] += 1
+    published["model.norm.weight"].zero_()
+    found = any_engine.compare_policy(published.items())
+    assert sorted(map(str, found)) == [
+        "model.layers.1.mlp.up_proj.weight: 1 of 2048 numbers differ",
+        "model.norm.weight: 32 of 32 numbers differ",
+    ]
+    assert any_engine.compare_policy(target_model.named_parameters()) == []  # nothing was changed
+
+
+def test_the_drafters_weights_are_compared_under_their_published_names(any_engine, target_model):
+    published = dict(EagleDrafter.for_target(target_model.config, seed=3).named_weights())
+    any_engine.load_drafter(published.items(), version=1)
+    assert any_engine.compare_drafter(published.items()) == []
+    other = published | {"layers.0.self_attn.k_proj.weight": torch.ones(16, 32)}
+    (found,) = any_engine.compare_drafter(other.items())
+    assert str(found) == "layers.0.self_attn.k_proj.weight: 512 of 512 numbers differ"
+    with pytest.raises(ValueError, match=r"missing \['fc.bias'\]"):
+        any_engine.compare_drafter(one for one in published.items() if one[0] != "fc.bias")
+
+
+def test_publications_are_counted(any_engine, target_model):
+    before = any_engine.weight_events
+    drafter = EagleDrafter.for_target(target_model.config, seed=3)
+    any_engine.load_drafter(drafter.named_weights(), version=1)
+    any_engine.load_policy(target_model.named_parameters(), version=1)
+    any_engine.load_policy(target_model.named_parameters(), version=1)
+    assert any_engine.weight_events == WeightEvents(
+        policy_loads=before.policy_loads + 2,
+        drafter_loads=before.drafter_loads + 1,
+        wakes=before.wakes,
+    )
+
+
+def test_a_probe_answers_and_leaves_no_trace(any_engine):
+    any_engine.generate(make_prompts(2), SAMPLING, num_samples=3)
+    stats, state = any_engine.stats(), copy.deepcopy(any_engine.state_dict())
+    idle_windows = []
+    any_engine.on_idle, any_engine.others_generate = idle_windows.append, lambda: True
+    try:
+        rollouts = any_engine.probe(make_prompts(3, seed=8), GREEDY, seed=4)
+    finally:
+        any_engine.on_idle, any_engine.others_generate = None, lambda: False
+    assert [len(rollout.tokens) for rollout in rollouts] == [GREEDY.max_tokens] * 3
+    assert any_engine.stats() is stats
+    assert any_engine.state_dict() == state
+    assert idle_windows == []
+
+
+def test_canaries_agree_with_the_policy_that_is_served_and_no_other(
+    any_engine, target_model, tmp_path
+):
+    assert canary_gap(any_engine, target_model, 4) < 1e-4
+    assert canary_gap(any_engine, make_target(tmp_path, seed=1), 4) > 0.5
 
 
 def test_stats_are_of_the_last_call(any_engine):

@@ -49,7 +49,7 @@ class InTurns:
 @pytest.fixture(scope="module")
 def switching(start_sglang, target_model):
     """SGLang prepared for the pool, with a drafter that is often right."""
-    engine = start_sglang(InTurns(), hidden_states=True)
+    engine = start_sglang(selector=InTurns(), hidden_states=True)
     engine.load_policy(target_model.named_parameters(), version=0)
     engine.load_drafter(echoing_drafter(target_model).items(), version=0)
     return engine

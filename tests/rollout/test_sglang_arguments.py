@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy
+from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.sglang_arguments import (
     fixed_strategy,
     place_arguments,
@@ -11,7 +12,7 @@ from fastrl.rollout.sglang_arguments import (
 )
 from fastrl.rollout.sglang_engine import SGLangEngine
 from fastrl.types import OFF, DraftStrategy, SamplingParams
-from tests.rollout.tiny_models import make_prompts
+from tests.rollout.tiny_models import make_eagle3_drafter, make_prompts
 
 
 def test_a_strategy_becomes_sglangs_arguments():
@@ -68,15 +69,25 @@ def test_options_out_of_range_are_refused_at_construction(options, message):
         SGLangEngine(**options)
 
 
-def test_server_arguments_that_the_strategy_sets_are_refused(folders):
-    engine = SGLangEngine(
-        drafter_path=str(folders[1]),
-        strategy="4_2_8",
-        device="cpu",
-        server_args={"speculative_num_steps": 3},
-    )
-    with pytest.raises(ValueError, match=r"\['speculative_num_steps'\]"):
-        engine.start(str(folders[0]))
+@pytest.mark.parametrize("strategy", ["off", "4_2_8"])
+@pytest.mark.parametrize("name", ["speculative_num_steps", "speculative_algorithm"])
+def test_server_arguments_that_the_strategy_sets_are_refused(strategy, name):
+    with pytest.raises(ValueError, match=rf"must not hold \['{name}'\]"):
+        SGLangEngine(drafter_path="drafter", strategy=strategy, server_args={name: 3})
+
+
+def test_an_eagle3_drafter_is_told_from_other_strangers(folders, target_model, tmp_path):
+    make_eagle3_drafter(tmp_path / "eagle3", target_model)
+    for folder, message in (
+        (tmp_path / "eagle3", "is an EAGLE-3 drafter"),
+        (folders[0], "is it a"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EagleDrafter.from_pretrained(folder, target_model.config)
+        engine = SGLangEngine(drafter_path=str(folder), strategy="4_2_8", device="cpu")
+        with pytest.raises(ValueError, match=message):
+            engine.start(str(folders[0]))
+        assert engine.process is None
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):

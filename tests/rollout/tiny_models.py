@@ -1,8 +1,10 @@
 """Tiny random checkpoints of the supported families, and drafters for them, written to a folder."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -70,6 +72,46 @@ def make_drafter(folder: Path, target: PreTrainedModel, seed: int = 0) -> EagleD
     drafter = EagleDrafter.for_target(target.config, seed=seed)
     drafter.save_pretrained(folder)
     return drafter
+
+
+def make_eagle3_drafter(folder: Path, target: PreTrainedModel) -> None:
+    """A random EAGLE-3 drafter of the target, in the layout that SGLang loads."""
+    config = target.config
+    size, inner, vocab_size = config.hidden_size, config.intermediate_size, config.vocab_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = size // heads
+    shapes = {
+        "fc.weight": (size, 3 * size),
+        "norm.weight": (size,),
+        "lm_head.weight": (vocab_size, size),
+        "midlayer.input_layernorm.weight": (size,),
+        "midlayer.hidden_norm.weight": (size,),
+        "midlayer.post_attention_layernorm.weight": (size,),
+        "midlayer.self_attn.q_proj.weight": (heads * head_dim, 2 * size),
+        "midlayer.self_attn.k_proj.weight": (kv_heads * head_dim, 2 * size),
+        "midlayer.self_attn.v_proj.weight": (kv_heads * head_dim, 2 * size),
+        "midlayer.self_attn.o_proj.weight": (size, heads * head_dim),
+        "midlayer.mlp.gate_proj.weight": (inner, size),
+        "midlayer.mlp.up_proj.weight": (inner, size),
+        "midlayer.mlp.down_proj.weight": (size, inner),
+    }
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(shape, generator=generator) * 0.3 if len(shape) > 1 else torch.ones(shape)
+        for name, shape in shapes.items()
+    }
+    weights["d2t"] = torch.zeros(vocab_size, dtype=torch.int64)
+    weights["t2d"] = torch.ones(vocab_size, dtype=torch.bool)
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    settings = config.to_diff_dict() | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "draft_vocab_size": vocab_size,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
 
 
 def make_prompts(count: int, seed: int = 0, shortest: int = 2) -> list[Prompt]:

@@ -13,7 +13,7 @@ Leaves out EAGLE-3 and training; the loss is fastrl/rollout/drafters/loss.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +152,7 @@ class EagleDrafter(nn.Module):
                     f"scripts/make_drafter.py makes a fresh one for a model"
                 )
         raw = json.loads((folder / "config.json").read_text())
-        if raw.get("architectures") != [ARCHITECTURE]:
-            raise ValueError(
-                f"drafter checkpoint {folder} has architectures {raw.get('architectures')}, "
-                f"expected ['{ARCHITECTURE}']: is it a drafter?"
-            )
+        check_architecture(raw.get("architectures"), str(folder))
         drafter = cls(LlamaConfig.from_dict(raw))
         if target is not None:
             drafter.check_target(target, str(folder))
@@ -175,6 +171,27 @@ class EagleDrafter(nn.Module):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given[name])
+
+
+def check_architecture(architectures: Sequence[str] | None, source: str) -> None:
+    """Raise ValueError for what is no EAGLE drafter.
+
+    EAGLE-3 has a message of its own because SGLang runs such a checkpoint under its EAGLE flag
+    without a word, and next to nothing of what it drafts is accepted.
+    """
+    if architectures == [ARCHITECTURE]:
+        return
+    if any("Eagle3" in one for one in architectures or ()):
+        raise ValueError(
+            f"drafter checkpoint {source} is an EAGLE-3 drafter ({architectures}), which reads "
+            f"hidden states of several layers and has a vocabulary of its own; engines run EAGLE "
+            f"drafters of architecture {ARCHITECTURE}: give one, or make one with "
+            f"EagleDrafter.for_target"
+        )
+    raise ValueError(
+        f"drafter checkpoint {source} has architectures {architectures}, expected "
+        f"['{ARCHITECTURE}']: is it a drafter?"
+    )
 
 
 def without_shared(

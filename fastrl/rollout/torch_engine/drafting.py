@@ -13,6 +13,7 @@ is; its filters are the target's business. Shape legend: fastrl/types.py.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -97,6 +98,10 @@ class EagleDrafting:
         """Serve the drafter's weights as they now are."""
         self._forward.refresh()
         self._last_hidden_BD = torch.zeros(0)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The drafter's weights as they are served."""
+        yield from self._forward.named_weights()
 
     def prefill(self, tokens_BT: Tensor, hidden_BTD: Tensor, lengths: list[int]) -> list[Tensor]:
         """Read the pairs of prompts in scratch cache rows; the entries of each."""

@@ -8,6 +8,8 @@ Shape legend: fastrl/types.py; G grouped heads: of queries, keys and values toge
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
@@ -47,6 +49,21 @@ class EagleForward:
         self._down, self._activation = mlp.down_proj, mlp.act_fn
         self._scale: float = attention.scaling
         self._rotations_S2d = self._fc.weight.new_zeros(0, 2, self._drafter.head_dim)
+        self._copies = {
+            id(layer.weight): part
+            for (weight, _), layers in (
+                (self._qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (self._gate_up, (mlp.gate_proj, mlp.up_proj)),
+            )
+            for layer, part in zip(
+                layers, torch.split(weight, [layer.out_features for layer in layers]), strict=True
+            )
+        }
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What it computes with, by the drafter's names; biases of joined matrices left out."""
+        for name, tensor in self._drafter.named_weights():
+            yield name, self._copies.get(id(tensor), tensor)
 
     def __call__(
         self,

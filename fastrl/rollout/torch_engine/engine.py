@@ -19,10 +19,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafter_health import DrafterHealth, WatchedSelector
-from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
 from fastrl.rollout.drafters.response_store import ResponseStore
 from fastrl.rollout.end_of_sequence import eos_token_ids
-from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector
+from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
 from fastrl.rollout.sampling import request_key
 from fastrl.rollout.torch_engine.drafting import EagleDrafting
 from fastrl.rollout.torch_engine.generation import Generation
@@ -32,6 +32,8 @@ from fastrl.rollout.torch_engine.profiling import cut_to, step_seconds
 from fastrl.rollout.torch_engine.requests import EndOfResponse
 from fastrl.rollout.torch_engine.rows import Request
 from fastrl.rollout.torch_engine.target import TargetModel
+from fastrl.rollout.weight_differences import Comparison, WeightDifference
+from fastrl.rollout.weights import check_fits
 from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams, StepStats
 
 
@@ -93,6 +95,7 @@ class TorchEngine:
         self._responses = ResponseStore()
         self._health = DrafterHealth()
         self._failures: list[str] = []  # since the last `generate` ended
+        self._events = WeightEvents()
         self._loaded: _Loaded | None = None
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -114,6 +117,7 @@ class TorchEngine:
             drafter=drafter,
             drafting=drafting,
         )
+        self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
         for strategy in self.strategy_selector.strategies:
             self._check_strategy(strategy)
         if drafter is not None:
@@ -134,6 +138,8 @@ class TorchEngine:
         """Take the policy's weights; those of our dtype and device are shared, not copied."""
         self._started().target.load(named_tensors)
         self._policy_version = version
+        events = self._events
+        self._events = dataclasses.replace(events, policy_loads=events.policy_loads + 1)
 
     def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the drafter's trainable weights, by copy, and judge it anew."""
@@ -144,10 +150,51 @@ class TorchEngine:
         drafter.load_weights(named_tensors, source=f"publication {version}")
         drafting.refresh()
         self._drafter_version = version
+        events = self._events
+        self._events = dataclasses.replace(events, drafter_loads=events.drafter_loads + 1)
         if self._health.failure is not None:
             self.strategy_selector.exclude([])
         self._health.start(f"drafter version {version}", drafter.named_weights())
         self._note_failure()
+
+    @property
+    def weight_events(self) -> WeightEvents:
+        """What has been done to its weights so far."""
+        return self._events
+
+    def compare_policy(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[WeightDifference]:
+        """The policy's weights that differ from these; those that are shared cannot."""
+        return self._started().target.compare(named_tensors)
+
+    def compare_drafter(
+        self, named_tensors: Iterable[tuple[str, Tensor]]
+    ) -> list[WeightDifference]:
+        """The drafter's weights that differ from these; none without a drafter."""
+        drafting = self._started().drafting
+        if drafting is None:
+            return []
+        own, comparison = dict(drafting.named_weights()), Comparison()
+        given = dict(without_shared(named_tensors))
+        check_fits(given, own, what="drafter weights to compare")
+        for name, tensor in given.items():
+            comparison.compare(name, own[name], tensor)
+        return comparison.differences()
+
+    def probe(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int = 0
+    ) -> list[Rollout]:
+        """One response a prompt by plain decoding, for a check; see `RolloutEngine.probe`."""
+        loaded = self._ready()
+        generation = self._generation(
+            loaded, FixedStrategy("off"), NgramDrafting(ResponseStore()), sampling
+        )
+        return generation.run(_requests(prompts, 1, seed, 0))
+
+    def reject_drafter(self, reason: str) -> None:
+        """Leave the learned drafter's strategies out until the next is published."""
+        if self._health.failure is None:
+            self._health.fail(reason)
+            self._note_failure()
 
     def stats(self) -> EngineStats:
         """What the last `generate` did."""
@@ -163,6 +210,7 @@ class TorchEngine:
     def wake(self) -> None:
         """Caches grow again as they are needed; shared weights never left."""
         self._started()
+        self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Versions, and the responses that n-grams are drafted from: up to a million tokens, as
@@ -190,6 +238,12 @@ class TorchEngine:
             raise ValueError("the engine is not started: call start(model_path) first")
         return self._loaded
 
+    def _ready(self) -> _Loaded:
+        loaded = self._started()
+        if not loaded.target.has_weights:
+            raise ValueError("the engine has no weights: call load_policy before generate")
+        return loaded
+
     # -- generation -------------------------------------------------------------------------------
 
     def generate(
@@ -209,9 +263,7 @@ class TorchEngine:
                 room for a response.
         """
         started = perf_counter()
-        loaded = self._started()
-        if not loaded.target.has_weights:
-            raise ValueError("the engine has no weights: call load_policy before generate")
+        loaded = self._ready()
         for prompt in prompts:
             _check_prompt(prompt, loaded.target.max_context)
         longest_prompt = max((len(prompt.tokens) for prompt in prompts), default=0)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from fastrl.rollout.attention import CACHED_ATTENTION, KVView
 from fastrl.rollout.torch_engine.kv_cache import KVCache
+from fastrl.rollout.weight_differences import Comparison, WeightDifference
 from fastrl.rollout.weights import changes_after_head, check_fits
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -109,6 +110,20 @@ class TargetModel:
         self._model.tie_weights()
         _check_materialized(self._model)
         self.has_weights = True
+
+    def compare(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[WeightDifference]:
+        """Our weights that differ from these.
+
+        Raises ValueError naming missing, unknown and misshapen tensors.
+        """
+        own, given = dict(self._model.named_parameters()), dict(named_tensors)
+        if self.config.tie_word_embeddings:
+            given.pop("lm_head.weight", None)
+        check_fits(given, own, what="policy weights to compare")
+        comparison = Comparison()
+        for name, tensor in given.items():
+            comparison.compare(name, own[name], tensor)
+        return comparison.differences()
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, view: KVView) -> Tensor:
         """Hidden states after the final norm, [B, T, D]; keys and values go into the view's

@@ -1,5 +1,9 @@
 """SGLang loads this by its entry point, in each of its processes, and runs `activate`."""
 
+import json
+import os
+from pathlib import Path
+
 import torch
 
 
@@ -8,6 +12,7 @@ def activate():
     _accept_any_cpu()
     _verify_by_sampling()
     _allow_seeded_sampling()
+    _report_embeddings()
     torch.cuda.synchronize = lambda device=None: None  # its checksums wait for a GPU
 
 
@@ -33,3 +38,21 @@ def _allow_seeded_sampling():
 
     choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("intel_amx")
     batch_invariant_ops.enable_batch_invariant_mode = lambda: None
+
+
+def _report_embeddings():
+    """For the test of shared embeddings: what the drafter holds when the cache is sized."""
+    if "FASTRL_TEST_EMBEDDINGS" not in os.environ:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from fastrl.rollout import sglang_shared_embedding
+
+    def report(scheduler):
+        own = sglang_shared_embedding.own_embedding_bytes(scheduler.draft_worker)
+        Path(os.environ["FASTRL_TEST_EMBEDDINGS"]).write_text(json.dumps(own))
+
+    name = "sglang.srt.managers.scheduler.Scheduler.init_target_memory_pool"
+    HookRegistry.register(name, report, HookType.BEFORE)
+    if "FASTRL_TEST_SHARED" in os.environ:
+        sglang_shared_embedding.register()
