@@ -6,9 +6,10 @@ import torch
 from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.sglang_arguments import (
-    fixed_strategy,
+    checked_strategies,
     place_arguments,
     speculation_arguments,
+    strategy_pool,
 )
 from fastrl.rollout.sglang_engine import SGLangEngine
 from fastrl.types import OFF, DraftStrategy, SamplingParams
@@ -16,31 +17,47 @@ from tests.rollout.tiny_models import make_eagle3_drafter, make_prompts
 
 
 def test_a_strategy_becomes_sglangs_arguments():
-    assert speculation_arguments(DraftStrategy.parse("8_4_48"), "drafter") == {
+    assert speculation_arguments((DraftStrategy.parse("8_4_48"),), None, "drafter") == {
         "speculative_algorithm": "EAGLE",
         "speculative_draft_model_path": "drafter",
         "speculative_num_steps": 8,
         "speculative_eagle_topk": 4,
         "speculative_num_draft_tokens": 48,
     }
-    assert speculation_arguments(OFF, "drafter") == {}
+    assert speculation_arguments((OFF,), None, "drafter") == {}
+
+
+def test_a_bandits_strategies_become_a_pool_as_deep_wide_and_large_as_any():
+    bandit = EpsilonGreedy(strategies=["8_1_9", "4_2_8", "2_4_21"])
+    pool = strategy_pool(bandit, max_batch_size=128)
+    assert pool is not None
+    limits = {str(strategy): limit for strategy, limit in pool.largest_batch.items()}
+    assert limits == {"8_1_9": None, "4_2_8": None, "2_4_21": 2048 // 21}
+    assert speculation_arguments(tuple(bandit.arms), pool, "drafter") == {
+        "speculative_algorithm": "FASTRL",
+        "speculative_draft_model_path": "drafter",
+        "speculative_num_steps": 8,
+        "speculative_eagle_topk": 4,
+        "speculative_num_draft_tokens": 21,
+    }
+    assert strategy_pool(FixedStrategy("8_1_9"), max_batch_size=128) is None
 
 
 def test_n_gram_strategies_are_refused():
     with pytest.raises(ValueError, match="n-gram"):
-        fixed_strategy(FixedStrategy("ngram_4_1_5"), "drafter")
+        checked_strategies(FixedStrategy("ngram_4_1_5"), "drafter")
 
 
 def test_a_strategy_without_its_drafter_is_refused():
     with pytest.raises(ValueError, match="drafter_path is null"):
-        fixed_strategy(FixedStrategy("4_2_8"), None)
-    assert fixed_strategy(FixedStrategy("off"), None) == OFF
+        checked_strategies(FixedStrategy("4_2_8"), None)
+    assert checked_strategies(FixedStrategy("off"), None) == (OFF,)
 
 
-def test_a_bandit_is_refused_at_the_start(folders):
+def test_a_bandit_over_n_grams_is_refused_at_the_start(folders):
     engine = SGLangEngine(drafter_path=str(folders[1]))
-    engine.strategy_selector = EpsilonGreedy(strategies=["4_2_8"])
-    with pytest.raises(ValueError, match="EpsilonGreedy cannot choose strategies of stock SGLang"):
+    engine.strategy_selector = EpsilonGreedy(strategies=["4_2_8", "ngram_4_1_5"])
+    with pytest.raises(ValueError, match="ngram_4_1_5: SGLang does not draft n-gram trees"):
         engine.start(str(folders[0]))
 
 

@@ -143,7 +143,7 @@ def test_responses_end_before_the_context_does(any_strategy):
     (prompt,) = make_prompts(1, shortest=110)
     (rollout,) = any_strategy.generate([prompt], LONG)
     assert rollout.finish_reason == FinishReason.LENGTH
-    assert len(rollout.tokens) == longest_sequence(128, strategy) - 110
+    assert len(rollout.tokens) == longest_sequence(128, [strategy]) - 110
 
 
 # -- weights --------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_filters_that_sglang_applies_otherwise_are_refused(sampling):
 
 @pytest.mark.parametrize(("strategy", "longest"), [("off", 98), ("3_4_8", 88), ("3_1_4", 96)])
 def test_a_draft_tree_takes_room_of_the_context(strategy, longest):
-    assert longest_sequence(100, DraftStrategy.parse(strategy)) == longest
+    assert longest_sequence(100, [DraftStrategy.parse(strategy)]) == longest
 
 
 @pytest.mark.parametrize("num_tokens", [0, 100, 200])
