@@ -65,6 +65,15 @@ def speculation_arguments(
     }
 
 
+def graph_arguments(
+    pool: StrategyPool | None, device: torch.device, max_batch_size: int
+) -> dict[str, Any]:
+    """Batch sizes of CUDA graphs: all that there may be, where plain decoding is one of a pool."""
+    if pool is None or device.type != "cuda":
+        return {}
+    return {"cuda_graph_max_bs_decode": max_batch_size}
+
+
 def place_arguments(device: torch.device) -> dict[str, Any]:
     """Which GPU and ports an engine takes: SGLang's defaults would be the same for every one."""
     with ExitStack() as sockets:

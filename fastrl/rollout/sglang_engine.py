@@ -38,6 +38,7 @@ from fastrl.rollout.sglang_adaptation import answer_cost_queries, check_in_pool,
 from fastrl.rollout.sglang_arguments import (
     check_not_ours,
     checked_strategies,
+    graph_arguments,
     place_arguments,
     speculation_arguments,
     strategy_pool,
@@ -427,6 +428,7 @@ class SGLangEngine:
             | {"model_path": model_path}
             | place_arguments(self._device)
             | speculation_arguments(strategies, pool, self.drafter_path)
+            | graph_arguments(pool, self._device, self._max_batch_size)
         )
         check_not_ours(self._further_args, ours)
         return ours | self._further_args

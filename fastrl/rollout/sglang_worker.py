@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -144,6 +145,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         self._states: dict[DraftStrategy, StrategyState] = {}
         self._active: DraftStrategy | None = None
         self._session: DecodeSession | None = None
+        self._in_flight: deque[DecodeSession | None] = deque()  # whose steps have no result yet
         self._is_cuda = str(self.device).startswith("cuda")
         self._ran_prefill = True
         self._builder = StateBuilder(self, self._pool)
@@ -214,6 +216,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
                 tree=self._verified_tree(strategy),
             )
             self._session.begin(step, follows=not self._ran_prefill)
+        self._in_flight.append(self._session)
         self._ran_prefill = False
         return result
 
@@ -243,8 +246,8 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         self, num_correct_drafts_per_req: list[int], batch_size: int = 0
     ) -> None:
         """SGLang has a step's result on the host."""
-        if self._session is not None:
-            self._session.accept(num_correct_drafts_per_req)
+        if (session := self._in_flight.popleft()) is not None:
+            session.accept(num_correct_drafts_per_req)
 
     def verify(self, batch: Any, **kwargs: Any) -> Any:
         """The target's forward over the tree, and what it accepts, which is kept."""

@@ -178,3 +178,23 @@ def test_hidden_states_are_those_of_a_plain_forward_while_switching(switching, t
         with torch.no_grad():
             expected = target_model.model(tokens).last_hidden_state[0]
         torch.testing.assert_close(rollout.hidden_states, expected, atol=3e-5, rtol=1e-4)
+
+
+def test_a_rejected_drafter_is_left_until_the_next_one(switching, target_model):
+    """No restart: the bandit is told to leave its trees; a probe teaches it nothing."""
+    weights = echoing_drafter(target_model)
+    switching.load_drafter(weights.items(), version=2)
+    bandit = ModelBased(["3_1_4", "3_4_8"])
+    switching.strategy_selector = bandit
+    process = switching.process
+    with pytest.warns(UserWarning, match="told so"):
+        switching.reject_drafter("told so")
+    switching.generate(make_prompts(2), GREEDY)
+    assert set(switching.stats().steps_by_strategy) == {"off"}
+    switching.load_drafter(weights.items(), version=3)
+    num_decisions = bandit.report().num_decisions
+    switching.probe(make_prompts(2), SamplingParams(max_tokens=8, ignore_eos=True))
+    assert bandit.report().num_decisions == num_decisions
+    switching.generate(make_prompts(2), GREEDY)
+    assert set(switching.stats().steps_by_strategy) - {"off"}
+    assert switching.process is process

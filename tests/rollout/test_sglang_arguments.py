@@ -7,6 +7,7 @@ from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.sglang_arguments import (
     checked_strategies,
+    graph_arguments,
     place_arguments,
     speculation_arguments,
     strategy_pool,
@@ -41,6 +42,9 @@ def test_a_bandits_strategies_become_a_pool_as_deep_wide_and_large_as_any():
         "speculative_num_draft_tokens": 21,
     }
     assert strategy_pool(FixedStrategy("8_1_9"), max_batch_size=128) is None
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert graph_arguments(pool, cuda, 128) == {"cuda_graph_max_bs_decode": 128}
+    assert graph_arguments(None, cuda, 128) == graph_arguments(pool, cpu, 128) == {}
 
 
 def test_n_gram_strategies_are_refused():
