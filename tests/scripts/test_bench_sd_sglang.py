@@ -84,3 +84,19 @@ def test_acceptance_is_simulated_over_random_weights_of_a_shape(tmp_path):
     assert (off.arm, tree.arm) == ("stock_off", "stock_4_2_8")
     assert off.accept_length == 1
     assert 2.2 < tree.accept_length < 2.8
+
+
+def test_arms_of_one_engine_that_switches_between_them(tmp_path):
+    """Held against plain decoding by stock SGLang, in an engine of its own."""
+    make_drafter(tmp_path / "drafter", make_target(tmp_path / "target"))
+    arms = ["stock_off", "off", "2_1_3", "3_4_8", "adaptive"]
+    run(bench_of(tmp_path, arms=arms, drafter=str(tmp_path / "drafter")))
+    written = json.loads((tmp_path / "bench.json").read_text())
+    lengths = {(entry["arm"], entry["batch_size"]): entry["accept_length"] for entry in written}
+    assert set(lengths) == {(arm, batch_size) for arm in arms for batch_size in (1, 4)}
+    for batch_size in (1, 4):
+        assert lengths["off", batch_size] == lengths["stock_off", batch_size] == 1
+    assert lengths["3_4_8", 4] > 1
+    ratios = {(one["arm"], one["batch_size"]): one["ratio_to_off"] for one in written}
+    assert ratios["stock_off", 1] == ratios["stock_off", 4] == 1
+    assert all(ratio > 0 for ratio in ratios.values())
