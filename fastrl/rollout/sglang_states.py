@@ -4,8 +4,8 @@ A decode step has three parts, and each has a backend and graphs that fit certai
 drafter's forwards (depth and topk, and how many of their tokens are kept), the target's
 verification (tree size), and the drafter's reading of what was accepted (tree size). Strategies of
 equal shapes share them, and graphs are captured for those batch sizes only in which a strategy may
-be chosen (TLT, arXiv 2511.16665, "bucketed" graphs). Plain decoding is the verification of one
-token, at every batch size.
+be chosen (TLT, arXiv 2511.16665, "bucketed" graphs). Plain decoding has a decode step in place of
+the verification (sglang_plain.py), at every batch size.
 
 SGLang's own adaptive speculation builds such states too, but all parts for each, at all sizes, and
 for chains only.
@@ -31,6 +31,7 @@ from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
     EAGLEDraftExtendCudaGraphRunner,
 )
 
+from fastrl.rollout.sglang_plain import PlainDecodeGraphs
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.types import DraftStrategy
 
@@ -192,6 +193,8 @@ class StateBuilder:
             target.init_new_workspace = kept
         if not self._captures:
             return Part(backend, None)
+        if self._worker.speculative_num_steps == 0:
+            return Part(backend, PlainDecodeGraphs(target, backend))
         graphs = DecodeCudaGraphRunner(
             target,
             attn_backend=backend,

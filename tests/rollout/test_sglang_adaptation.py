@@ -7,17 +7,13 @@ import itertools
 
 import pytest
 import torch
+from check_sglang import chi_square_p_value, joint_distribution
 
-from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.model_bandit import ModelBased
-from fastrl.types import DraftStrategy, SamplingParams, StepStats
-from tests.rollout.test_sglang_engine import (
-    GREEDY,
-    chi_square_p_value,
-    echoing_drafter,
-    joint_distribution,
-)
+from fastrl.types import SamplingParams, StepStats
+from tests.rollout.test_sglang_engine import GREEDY, echoing_drafter
 from tests.rollout.tiny_models import make_prompts
 
 pytestmark = pytest.mark.sglang
@@ -26,30 +22,10 @@ LONG_GREEDY = SamplingParams(max_tokens=90, temperature=0, ignore_eos=True)
 POOL = ("3_1_4", "3_4_8", "5_2_12", "1_1_2")
 
 
-class InTurns:
-    """Every strategy of the pool and plain decoding, one after the other, and notes every step."""
-
-    def __init__(self, order=("off", *POOL)):
-        self.strategies = tuple(DraftStrategy.parse(text) for text in order)
-        self._next = itertools.cycle(self.strategies)
-
-    def select(self, batch_size, context_tokens, referenced_rows=0):
-        return next(self._next)
-
-    def record(self, stats: StepStats) -> None: ...
-
-    def exclude(self, strategies) -> None: ...
-
-    def cost_queries(self, max_batch_size, max_context):
-        return ()
-
-    def record_cost(self, query, seconds) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def switching(start_sglang, target_model):
     """SGLang prepared for the pool, with a drafter that is often right."""
-    engine = start_sglang(selector=InTurns(), hidden_states=True)
+    engine = start_sglang(selector=InTurns(("off", *POOL)), hidden_states=True)
     engine.load_policy(target_model.named_parameters(), version=0)
     engine.load_drafter(echoing_drafter(target_model).items(), version=0)
     return engine
@@ -57,7 +33,7 @@ def switching(start_sglang, target_model):
 
 def test_greedy_tokens_are_those_of_plain_decoding_while_switching_every_batch(switching, engine):
     prompts = make_prompts(6)
-    switching.strategy_selector = InTurns()
+    switching.strategy_selector = InTurns(("off", *POOL))
     rollouts = switching.generate(prompts, GREEDY)
     expected = engine.generate(prompts, GREEDY)
     assert [rollout.tokens for rollout in rollouts] == [rollout.tokens for rollout in expected]
@@ -111,7 +87,7 @@ def test_rows_that_join_and_leave_read_their_own(switching, engine, target_model
 
 def test_tokens_follow_the_target_distribution_while_switching(switching, target_model):
     switching.load_drafter(echoing_drafter(target_model).items(), version=0)
-    switching.strategy_selector = InTurns()
+    switching.strategy_selector = InTurns(("off", *POOL))
     sampling = SamplingParams(max_tokens=3, top_k=3, ignore_eos=True)
     (prompt,) = make_prompts(1)
     expected = joint_distribution(target_model, prompt.tokens, sampling)
@@ -170,7 +146,7 @@ def test_a_fixed_strategy_of_the_pool_may_take_over_and_no_other(switching):
 
 
 def test_hidden_states_are_those_of_a_plain_forward_while_switching(switching, target_model):
-    switching.strategy_selector = InTurns()
+    switching.strategy_selector = InTurns(("off", *POOL))
     for rollout in switching.generate(
         make_prompts(3), SamplingParams(max_tokens=30), return_hidden_states=True
     ):

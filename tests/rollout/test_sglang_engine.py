@@ -11,10 +11,10 @@ import time
 
 import pytest
 import torch
+from check_sglang import chi_square_p_value, joint_distribution
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.sglang_process import EngineError, living_members
 from fastrl.rollout.sglang_rollouts import longest_sequence
 from fastrl.types import FinishReason, SamplingParams
@@ -75,34 +75,6 @@ def test_tokens_follow_the_target_distribution(any_strategy, target_model):
     assert chi_square_p_value(counts, expected, len(rollouts)) > 1e-4
     if any_strategy.stats().row_steps:
         assert any_strategy.stats().accepted_by_depth[0] > 50  # else nothing was put to the test
-
-
-def joint_distribution(model, prompt, sampling) -> dict[tuple[int, ...], float]:
-    """Probabilities of all responses of sampling.max_tokens tokens."""
-    responses = {(): 1.0}
-    for _ in range(sampling.max_tokens):
-        longer = {}
-        for tokens, probability in responses.items():
-            with torch.no_grad():
-                logits = model(torch.tensor([(*prompt, *tokens)])).logits[0, -1]
-            probs = log_distribution(logits, sampling).exp()
-            for token in probs.nonzero().flatten().tolist():
-                longer[(*tokens, token)] = probability * float(probs[token])
-        responses = longer
-    return responses
-
-
-def chi_square_p_value(counts, expected, total) -> float:
-    """Of the counts under the expected probabilities; rare outcomes are taken together."""
-    common = [outcome for outcome, probability in expected.items() if probability * total >= 5]
-    observed = [counts[outcome] for outcome in common]
-    means = [expected[outcome] * total for outcome in common]
-    if (rest := total - sum(means)) >= 1:
-        observed.append(total - sum(observed))
-        means.append(rest)
-    statistic = sum((seen - mean) ** 2 / mean for seen, mean in zip(observed, means, strict=True))
-    half_degrees = torch.tensor((len(means) - 1) / 2)
-    return float(torch.special.gammaincc(half_degrees, torch.tensor(statistic / 2)))
 
 
 def test_hidden_states_are_those_of_a_plain_forward(any_strategy, target_model):
