@@ -167,14 +167,19 @@ def run(check: Check) -> bool:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     print_machine(device, check.dtype)
     model, _ = load_weights(folder, None, dtype=torch.float32, device=device)
-    engine = _new_engine(check, device)
     selectors: dict[str, StrategySelector] = {
         "off": FixedStrategy("off"),
         **{strategy: FixedStrategy(strategy) for strategy in check.strategies},
         "in turns": InTurns(["off", *check.strategies]),
         "off in turns": InTurns([step for one in check.strategies for step in ("off", one)]),
     }
-    engine.strategy_selector = selectors["in turns"]
+    engine = check.sglang.new_engine(
+        drafter=check.drafter,
+        max_batch_size=check.max_batch_size,
+        dtype=check.dtype,
+        device=device,
+        selector=selectors["in turns"],
+    )
     try:
         engine.start(folder)
         engine.load_policy(model.named_parameters(), version=0)
@@ -228,21 +233,6 @@ def _sampled(check: Check, engine: SGLangEngine, prompt: Prompt, *, seed: int) -
     return [rollout.tokens for rollout in rollouts]
 
 
-def _new_engine(check: Check, device: str) -> SGLangEngine:
-    options = check.sglang
-    return SGLangEngine(
-        drafter_path=check.drafter,
-        max_batch_size=check.max_batch_size,
-        dtype=check.dtype,
-        device=device,
-        tp_size=options.tp_size,
-        mem_fraction_static=options.mem_fraction_static,
-        attention_backend=options.attention_backend,
-        deterministic=options.deterministic,
-        server_args=options.server_args,
-    )
-
-
 def main() -> None:
     """As the command line says."""
     import jsonargparse  # not installed where tests run beside SGLang alone
@@ -251,7 +241,7 @@ def main() -> None:
     from fastrl.config_loader import load_yaml
 
     jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
-    check: Check = jsonargparse.auto_cli(Check)
+    check: Check = jsonargparse.auto_cli(Check, as_positional=False)
     if not run(check):
         sys.exit("rollouts with speculation are not those of the policy: see the lines that failed")
     print("rollouts follow the policy, whatever the strategy")

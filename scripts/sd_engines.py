@@ -56,6 +56,40 @@ class SGLangOptions:
     server_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of SGLang's ServerArgs."""
 
+    def new_engine(
+        self,
+        *,
+        drafter: str | None,
+        max_batch_size: int,
+        dtype: Literal["float32", "bfloat16"],
+        device: str,
+        selector: StrategySelector,
+        further: Mapping[str, Any] | None = None,
+    ) -> SGLangEngine:
+        """Not started yet.
+
+        Args:
+            drafter: folder of an EAGLE drafter.
+            max_batch_size: most rows decoded at once.
+            dtype: to compute in.
+            device: where.
+            selector: of the strategies, which the engine is prepared for.
+            further: arguments of ServerArgs that go before these.
+        """
+        engine = SGLangEngine(
+            drafter_path=drafter,
+            max_batch_size=max_batch_size,
+            dtype=dtype,
+            device=device,
+            tp_size=self.tp_size,
+            mem_fraction_static=self.mem_fraction_static,
+            attention_backend=self.attention_backend,
+            deterministic=self.deterministic,
+            server_args={**self.server_args, **(further or {})},
+        )
+        engine.strategy_selector = selector
+        return engine
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -285,21 +319,15 @@ def _switching_engine(
 def _new_sglang(
     subject: Subject, max_batch_size: int, selector: StrategySelector, further: Mapping[str, Any]
 ) -> SGLangEngine:
-    options = subject.sglang
     without_weights = {} if subject.has_weights else {"load_format": "dummy"}
-    engine = SGLangEngine(
-        drafter_path=subject.drafter,
+    return subject.sglang.new_engine(
+        drafter=subject.drafter,
         max_batch_size=max_batch_size,
         dtype=subject.dtype,
         device=subject.device,
-        tp_size=options.tp_size,
-        mem_fraction_static=options.mem_fraction_static,
-        attention_backend=options.attention_backend,
-        deterministic=options.deterministic,
-        server_args={**without_weights, **options.server_args, **further},
+        selector=selector,
+        further={**without_weights, **further},
     )
-    engine.strategy_selector = selector
-    return engine
 
 
 @contextmanager

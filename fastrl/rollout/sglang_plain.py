@@ -88,9 +88,10 @@ class PlainSteps:
         self._req_to_token_RT = worker.req_to_token_pool.req_to_token
         self._device = worker.device
         width, dtype = get_draft_recurrent_hidden_state_spec(self._drafter.draft_runner)
-        num_rows = self._req_to_token_RT.shape[0]
-        reserved = max(pool.topk * pool.depth, pool.verify_tokens)
-        self._most_unread = min(MOST_UNREAD_TOKENS, reserved)
+        num_rows, row_width = self._req_to_token_RT.shape
+        self._reserved = max(pool.topk * pool.depth, pool.verify_tokens)
+        longest = self._target.model_config.context_len - self._reserved
+        self._most_unread = min(MOST_UNREAD_TOKENS, row_width - longest)
         shape = (num_rows, self._most_unread)
         self._hidden_RWD = torch.zeros((*shape, width), dtype=dtype, device=self._device)
         self._token_RW = torch.zeros(shape, dtype=torch.int64, device=self._device)
@@ -110,7 +111,7 @@ class PlainSteps:
         """The batch is prefilled, which the drafter reads."""
         for request in batch.reqs:
             self._num_unread.pop(request.rid, None)
-        self._num_unread_R[batch.req_pool_indices] = 0
+        self._num_unread_R.index_fill_(0, batch.req_pool_indices, 0)
 
     # -- a step -----------------------------------------------------------------------------------
 
@@ -194,7 +195,8 @@ class PlainSteps:
         """Let the drafter read what it has not, and `carried` hold what it drafts from there.
 
         Rows read windows of the same width, that of the row with the most unread tokens. Where a
-        row has fewer, the rest of its window falls into cache that is reserved for drafts.
+        row has fewer, the rest of its window falls into cache that is reserved for drafts, all that
+        reaches beyond into the last place of it: nothing reads that.
 
         Args:
             batch: of the step; changed by nothing here.
@@ -205,7 +207,7 @@ class PlainSteps:
         width = max(counts)
         rows_B = batch.req_pool_indices
         count_B = self._num_unread_R[rows_B]
-        self._num_unread_R[rows_B] = 0
+        self._num_unread_R.index_fill_(0, rows_B, 0)
         start_B = batch.seq_lens + num_new - count_B
         last_B = torch.arange(len(counts), device=self._device) * width + (count_B - 1).clamp(min=0)
         view = copy.copy(batch)
@@ -215,6 +217,7 @@ class PlainSteps:
             counts_cpu = torch.tensor(counts, dtype=batch.seq_lens_cpu.dtype)
             view.seq_lens_cpu = batch.seq_lens_cpu + num_new - counts_cpu
         places_BW = start_B[:, None] + torch.arange(width, device=self._device)
+        places_BW = places_BW.minimum((batch.seq_lens + self._reserved - 1)[:, None])
         slots_BW = self._req_to_token_RT[rows_B[:, None], places_BW]
         view.out_cache_loc = slots_BW.reshape(-1).to(torch.int64)
         extend = EagleDraftExtendInput(
@@ -225,6 +228,7 @@ class PlainSteps:
             num_tokens_for_logprob_per_req=width,
             select_index=last_B,
         )
+        extend.positions = places_BW.flatten()
         with self._worker.drafting():
             runner = self._drafter.draft_runner
             forward_batch = prepare_for_draft_extend(
