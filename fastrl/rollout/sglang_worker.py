@@ -202,14 +202,25 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         return result
 
     def _choose(self, requests: Sequence[Any]) -> tuple[DraftStrategy, int]:
+        """The strategy and the longest context; with several ranks, those of rank 0's session."""
         if self._group is None:
-            return self._session.choose(requests) if self._session else (OFF, 0)
-        choice = torch.zeros(2, dtype=torch.int64)
-        if self._session is not None:
+            if self._session is None:
+                return OFF, 0
             strategy, context_tokens = self._session.choose(requests)
-            choice[0], choice[1] = self._pool.strategies.index(strategy), context_tokens
-        dist.broadcast(choice, src=self._group.ranks[0], group=self._group.cpu_group)
-        return self._pool.strategies[int(choice[0])], int(choice[1])
+            is_over = self._session.is_over
+        else:
+            choice = torch.zeros(3, dtype=torch.int64)
+            if self._session is not None:
+                strategy, context_tokens = self._session.choose(requests)
+                choice[0], choice[1] = self._pool.strategies.index(strategy), context_tokens
+                choice[2] = self._session.is_over
+            dist.broadcast(choice, src=self._group.ranks[0], group=self._group.cpu_group)
+            strategy, context_tokens = self._pool.strategies[int(choice[0])], int(choice[1])
+            is_over = bool(choice[2])
+        if is_over:
+            for request in requests:  # they end by their length, on all ranks
+                request.sampling_params.max_new_tokens = 1
+        return strategy, context_tokens
 
     def _mark(self) -> Mark:
         return CudaMark() if self._is_cuda else HostMark()

@@ -4,6 +4,7 @@ The kernels are stand-ins (tests/sglang_cpu); what switches, reads and counts is
 """
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from check_sglang import chi_square_p_value, joint_distribution
 from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.model_bandit import ModelBased
-from fastrl.types import SamplingParams, StepStats
+from fastrl.rollout.sglang_rollouts import longest_sequence
+from fastrl.types import FinishReason, SamplingParams, StepStats
 from tests.rollout.test_sglang_engine import GREEDY, echoing_drafter
 from tests.rollout.tiny_models import make_prompts
 
@@ -143,6 +145,33 @@ def test_a_fixed_strategy_of_the_pool_may_take_over_and_no_other(switching):
     switching.strategy_selector = FixedStrategy("8_4_16")
     with pytest.raises(ValueError, match=r"cannot run \['8_4_16'\]: close it"):
         switching.generate(prompts, GREEDY)
+
+
+def test_a_wide_pool_keeps_to_its_rows_at_the_end_of_the_context(switching, target_model):
+    """What it reserves for the pool's trees is noted in rows that end with the context."""
+    switching.strategy_selector = InTurns(("off", *POOL))
+    prompts = make_prompts(2, shortest=90)
+    for _ in range(3):
+        first, second = switching.generate(prompts, LONG_GREEDY)
+        assert first.finish_reason == second.finish_reason == FinishReason.LENGTH
+        longest = longest_sequence(128, switching.strategy_selector.strategies)
+        assert len(first.prompt.tokens) + len(first.tokens) == longest
+        time.sleep(1.5)  # idle, SGLang counts its cache
+    assert all(
+        len(rollout.tokens) == 8
+        for rollout in switching.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
+    )
+
+
+def test_a_rejected_fixed_strategy_is_plain_decoding(switching, target_model):
+    switching.strategy_selector = FixedStrategy("3_4_8")
+    switching.load_drafter(echoing_drafter(target_model).items(), version=7)
+    switching.reject_drafter("stale, says the test")
+    (rollout,) = switching.generate(make_prompts(1), GREEDY)
+    assert switching.stats().steps_by_strategy == {"off": len(rollout.tokens) - 1}
+    switching.load_drafter(echoing_drafter(target_model).items(), version=8)
+    switching.generate(make_prompts(1), GREEDY)
+    assert set(switching.stats().steps_by_strategy) == {"3_4_8"}
 
 
 def test_hidden_states_are_those_of_a_plain_forward_while_switching(switching, target_model):
