@@ -28,6 +28,7 @@ from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
 from fastrl.rollout.end_of_sequence import eos_token_ids
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector
+from fastrl.rollout.engine_group import EngineGroup
 from fastrl.rollout.sampling import request_key
 from fastrl.rollout.sglang_arguments import (
     check_not_ours,
@@ -35,7 +36,7 @@ from fastrl.rollout.sglang_arguments import (
     place_arguments,
     speculation_arguments,
 )
-from fastrl.rollout.sglang_process import EngineProcess, RawResponse, Role, StartedEngine
+from fastrl.rollout.sglang_process import Role, StartedEngine
 from fastrl.rollout.sglang_rollouts import (
     as_rollout,
     check_prompt,
@@ -49,17 +50,22 @@ from fastrl.rollout.sglang_weights import (
     MESSAGE_TIMEOUT_S,
     WeightPublisher,
     check_every_weight_is_reached,
+    check_ranks_agree,
     policy_skeleton,
     weight_checksums,
 )
+from fastrl.rollout.shared_process import GenerateRequest, SharedProcess
 from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
+
+_LATENESS_S = 1800.0
+"""Most seconds between ranks of a group at the same call, beside the engine's own work."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Running:
     """What exists between `start` and `close`."""
 
-    process: EngineProcess
+    process: SharedProcess
     engine: StartedEngine
     strategy: DraftStrategy
     config: PretrainedConfig
@@ -82,7 +88,8 @@ class SGLangEngine:
         dtype: Numbers to compute in, and of the published weights.
         device: Where to compute: 'cpu', 'cuda', 'cuda:1', or 'auto' for a GPU if there is one; with
             tp_size > 1 the first of as many GPUs in a row.
-        tp_size: GPUs that share the model (tensor parallelism).
+        tp_size: GPUs that share the model (tensor parallelism). Of a trainer of several ranks, as
+            many in a row share one engine on their GPUs; a single one's engine takes them all.
         mem_fraction_static: Share of the device's memory for weights and cache; null: SGLang's
             default.
         attention_backend: SGLang's attention kernels ('triton', 'fa3', 'flashinfer'); null: its
@@ -148,9 +155,13 @@ class SGLangEngine:
         self._dtype = dtype
         self._hidden_states = hidden_states
         self._memory_saver = memory_saver
+        self._tp_size = tp_size
         self._bucket_mib = bucket_mib
         self._start_timeout_s = start_timeout_s
         self._generate_timeout_s = generate_timeout_s
+        self._group_timeout_s = _LATENESS_S + max(
+            start_timeout_s, generate_timeout_s, MESSAGE_TIMEOUT_S
+        )
         self._log_dir = log_dir
         self._server_args: dict[str, Any] = {
             "dtype": dtype,
@@ -177,6 +188,9 @@ class SGLangEngine:
     def start(self, model_path: str) -> None:
         """Start SGLang's processes; weights come by `load_policy`.
 
+        Ranks of the trainer that share the engine, as all that are called a group, do this and all
+        else together; what is raised on one is raised on all.
+
         Raises:
             FileNotFoundError: no such model or drafter.
             ValueError: a strategy that stock SGLang cannot run, a drafter of another model, or
@@ -195,8 +209,10 @@ class SGLangEngine:
         if not strategy.is_off and self.drafter_path is not None:
             drafter = EagleDrafter.from_pretrained(self.drafter_path, config)
         server_args = self._all_server_args(model_path, strategy)
+        group = EngineGroup.join(self._tp_size, timeout_s=self._group_timeout_s)
+        group.check_devices(self._device)
         with ExitStack() as on_failure:
-            process = EngineProcess(self._new_log())
+            process = SharedProcess(group, self._new_log)
             on_failure.callback(process.end)
             engine = process.call("start", self._start_timeout_s, server_args=server_args)
             running = _Running(
@@ -243,7 +259,8 @@ class SGLangEngine:
     def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send the drafter's trainable weights; an embedding or LM head among them is left out.
 
-        Raises ValueError as `load_policy` does.
+        Raises ValueError as `load_policy` does, and where ranks that share the engine hold
+        different drafters.
         """
         running = self._started()
         if running.drafter is None:
@@ -252,12 +269,14 @@ class SGLangEngine:
                 f"{self.drafter_path}, strategy {running.strategy}); set engine.drafter_path and a "
                 f"strategy that uses it, e.g. engine.strategy '4_2_8'"
             )
+        weights = list(without_shared(named_tensors))
+        check_ranks_agree(running.process.ranks, weights)
         running.has_drafter, self._drafter_version = False, -1
-        running.drafter.publish(without_shared(named_tensors))
+        running.drafter.publish(weights)
         running.has_drafter, self._drafter_version = True, version
 
     @property
-    def process(self) -> EngineProcess | None:
+    def process(self) -> SharedProcess | None:
         """SGLang's processes; None before `start`, and after they have ended."""
         if self._running is None or self._running.process.has_ended:
             return None
@@ -304,7 +323,7 @@ class SGLangEngine:
             self._running = None
             process.end()
             if self._log_dir is None and not process.has_failed:
-                process.log_path.unlink()
+                process.discard_log()
         self._policy_version = self._drafter_version = -1
 
     def _started(self) -> _Running:
@@ -323,7 +342,7 @@ class SGLangEngine:
         return ours | self._further_args
 
     def _publisher(
-        self, process: EngineProcess, role: Role, skeleton: Mapping[str, Tensor]
+        self, process: SharedProcess, role: Role, skeleton: Mapping[str, Tensor]
     ) -> WeightPublisher:
         return WeightPublisher(
             process,
@@ -332,6 +351,7 @@ class SGLangEngine:
             dtype=getattr(torch, self._dtype),
             device=self._device,
             bucket_mib=self._bucket_mib,
+            num_readers=self._tp_size // process.ranks.size,
         )
 
     def _new_log(self) -> Path:
@@ -364,50 +384,55 @@ class SGLangEngine:
         """
         started = perf_counter()
         running = self._started()
-        self._check_ready(running, sampling, return_hidden_states)
+        samples = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
         max_sequence = longest_sequence(running.config.max_position_embeddings, running.strategy)
-        for prompt in prompts:
-            check_prompt(
-                prompt,
-                max_sequence=max_sequence,
-                pool_tokens=running.engine.pool_tokens,
-                max_tokens=sampling.max_tokens,
-            )
-        requests = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
-        raws: list[RawResponse] = []
-        if requests:
-            raws = running.process.call(
-                "generate",
-                self._generate_timeout_s,
-                prompts=[prompt.tokens for prompt, _ in requests],
-                sampling=[
-                    sglang_sampling(
+
+        def requests() -> list[GenerateRequest]:
+            self._check_ready(running, sampling, return_hidden_states)
+            for prompt in prompts:
+                check_prompt(
+                    prompt,
+                    max_sequence=max_sequence,
+                    pool_tokens=running.engine.pool_tokens,
+                    max_tokens=sampling.max_tokens,
+                )
+            return [
+                GenerateRequest(
+                    prompt=prompt.tokens,
+                    sampling=sglang_sampling(
                         sampling,
                         num_prompt_tokens=len(prompt.tokens),
                         max_sequence=max_sequence,
                         eos_token_ids=running.eos_token_ids,
                         key=request_key(seed, rl_step, prompt.prompt_id, sample),
-                    )
-                    for prompt, sample in requests
-                ],
-                num_top_logprobs=num_top_logprobs(sampling, running.config.vocab_size),
-                return_hidden_states=return_hidden_states,
-            )
-        rollouts = [
-            as_rollout(
-                raw,
-                prompt,
-                sample,
-                sampling=sampling,
-                text=str(running.tokenizer.decode(list(raw.tokens), skip_special_tokens=True)),
-                policy_version=self._policy_version,
-            )
-            for raw, (prompt, sample) in zip(raws, requests, strict=True)
-        ]
+                    ),
+                )
+                for prompt, sample in samples
+            ]
+
+        raws = running.process.generate(
+            requests,
+            self._generate_timeout_s,
+            num_top_logprobs=num_top_logprobs(sampling, running.config.vocab_size),
+            return_hidden_states=return_hidden_states,
+        )
+        rollouts = running.process.ranks.agree(
+            lambda: [
+                as_rollout(
+                    raw,
+                    prompt,
+                    sample,
+                    sampling=sampling,
+                    text=str(running.tokenizer.decode(list(raw.tokens), skip_special_tokens=True)),
+                    policy_version=self._policy_version,
+                )
+                for raw, (prompt, sample) in zip(raws, samples, strict=True)
+            ]
+        )
         self._stats = statistics(
             raws,
             running.strategy,
-            num_prompt_tokens=sum(len(prompt.tokens) for prompt, _ in requests),
+            num_prompt_tokens=sum(len(prompt.tokens) for prompt, _ in samples),
             seconds=perf_counter() - started,
         )
         if self.on_idle is not None and self.others_generate():

@@ -44,7 +44,6 @@ class EngineHost:
                 f"pip install 'sglang>=0.5.17,<0.5.22'"
             )
         self._engine: Any = None
-        self._tp_size = 1
 
     def serve_start(self, server_args: Mapping[str, Any]) -> StartedEngine:
         """Start the engine with SGLang's own arguments."""
@@ -55,7 +54,6 @@ class EngineHost:
             loaders = server_args.get("custom_weight_loader") or []
             server_args["custom_weight_loader"] = [*loaders, DRAFTER_LOADER]
         self._engine = sglang.Engine(**server_args)
-        self._tp_size = int(server_args["tp_size"])
         scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
         return StartedEngine(
             sglang_version=self._version_text, pool_tokens=int(scheduler["max_total_num_tokens"])
@@ -99,8 +97,9 @@ class EngineHost:
         if self._has_update_sessions:
             self._check(self._engine.begin_weight_update(selector=role))
 
-    def serve_update(self, role: Role, payload: bytes) -> None:
-        """Hand a bucket on: `payload` is handles to [(name, tensor), …], unread here."""
+    def serve_update(self, role: Role, payloads: Sequence[bytes]) -> None:
+        """Hand a bucket on: a payload for each tensor-parallel rank, handles to
+        [(name, tensor), …], unread here."""
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
         route: dict[str, Any]
@@ -111,7 +110,7 @@ class EngineHost:
         else:  # the target has no switch like that, so a loader leaves it out
             route = {"load_format": DRAFTER_LOADER}
         request = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=[payload] * self._tp_size, flush_cache=False, **route
+            serialized_named_tensors=list(payloads), flush_cache=False, **route
         )
         manager = self._engine.tokenizer_manager
         self._check(self._wait(manager.update_weights_from_tensor(request, None)))

@@ -1,0 +1,175 @@
+"""SGLang's process as all ranks of a group see it: the leader's, which they ask together.
+
+What is sent is the leader's, and all get the answer, but for two requests: of a publication each
+rank sends the handles of its own copies, one payload for the tensor-parallel rank on its GPU; and
+each rank asks for responses to its own prompts, which become one call and are dealt out again.
+
+Leaves out how ranks find one another (engine_group.py) and how the process is kept
+(sglang_process.py).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastrl.rollout.engine_group import EngineGroup
+from fastrl.rollout.sglang_process import EngineError, EngineProcess, RawResponse, Role
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest:
+    """One response to be generated."""
+
+    prompt: tuple[int, ...]
+    sampling: dict[str, Any]
+    """SGLang's parameters, the seed of its randomness among them."""
+
+
+class SharedProcess:
+    """An engine's process, asked by every rank of its group in the same order.
+
+    Args:
+        group: of ranks that share it.
+        new_log: makes the file that everything it prints goes to; called on the leader.
+    """
+
+    def __init__(self, group: EngineGroup, new_log: Callable[[], Path]) -> None:
+        self._group = group
+        self._own: EngineProcess | None = None  # the leader's
+        self._has_ended = False
+        self.has_failed = False
+        """Whether it ended by an error, which its log then tells of."""
+
+        def begin() -> tuple[int, Path, bytes]:
+            self._own = EngineProcess(new_log())
+            key = bytes(multiprocessing.current_process().authkey)
+            return self._own.group, self._own.log_path, key
+
+        self.group, self.log_path, key = group.lead(begin)
+        # SGLang fetches shared memory from every rank, and proves by the leader's key that it may.
+        multiprocessing.current_process().authkey = key
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is gone."""
+        return self._has_ended
+
+    @property
+    def ranks(self) -> EngineGroup:
+        """Those that share it."""
+        return self._group
+
+    def call(self, request: str, timeout_s: float, **arguments: Any) -> Any:
+        """As `EngineProcess.call`, with the leader's arguments; all ranks get answer or error."""
+        return self._watched(
+            lambda: self._group.lead(lambda: self._leaders.call(request, timeout_s, **arguments))
+        )
+
+    def update(
+        self, role: Role, next_payloads: Callable[[], list[bytes] | None], timeout_s: float
+    ) -> bool:
+        """Send a bucket of weights: the payloads of all ranks, in their order.
+
+        Args:
+            role: which model takes it.
+            next_payloads: this rank's payloads for SGLang's ranks on its GPUs, kept alive until
+                this returns; None after the last bucket.
+            timeout_s: for SGLang to take it.
+
+        Returns whether there was one.
+        """
+        payloads = self._group.gather(next_payloads)
+        given = [payload for own in payloads if own is not None for payload in own]
+        if not given:
+            return False
+        assert None not in payloads, "ranks of a group made different numbers of buckets"
+        self.call("update", timeout_s, role=role, payloads=given)
+        return True
+
+    def generate(
+        self, own_requests: Callable[[], list[GenerateRequest]], timeout_s: float, **options: Any
+    ) -> list[RawResponse]:
+        """Responses to this rank's requests, in order, generated with those of the other ranks.
+
+        What several ranks ask alike is generated once: ranks that are tensor-parallel in the
+        trainer too must all train on the same response.
+
+        Args:
+            own_requests: makes them; what it raises on one rank is raised on all.
+            timeout_s: for all ranks' responses.
+            options: of the whole call, the same on all ranks.
+        """
+        self._check_running()
+        asked = self._group.gather(lambda: (own_requests(), options))
+        if any(other != options for _, other in asked):
+            raise ValueError(
+                f"ranks that share an engine must ask alike, got {[one for _, one in asked]}"
+            )
+        requests, places = _without_repeats([own for own, _ in asked])
+        if not requests:
+            return []
+
+        def deal() -> list[list[RawResponse]]:
+            raws = self._leaders.call(
+                "generate",
+                timeout_s,
+                prompts=[request.prompt for request in requests],
+                sampling=[request.sampling for request in requests],
+                **options,
+            )
+            return [[raws[place] for place in own] for own in places]
+
+        return self._watched(lambda: self._group.deal(deal))
+
+    def end(self) -> None:
+        """Kill every process of it; waits for no other rank. Safe to call twice."""
+        self._has_ended = True
+        if self._own is not None:
+            self._own.end()
+
+    def discard_log(self) -> None:
+        """Delete the log, if it is this rank's."""
+        if self._own is not None:
+            self.log_path.unlink()
+
+    @property
+    def _leaders(self) -> EngineProcess:
+        assert self._own is not None, "only the group's leader owns the process"
+        return self._own
+
+    def _check_running(self) -> None:
+        if self._has_ended:
+            raise EngineError("the SGLang engine has ended; start it anew")
+
+    def _watched(self, ask: Callable[[], T]) -> T:
+        self._check_running()
+        try:
+            return ask()
+        except EngineError:
+            self.has_failed = True
+            self.end()
+            raise
+
+
+def _without_repeats(
+    asked: Sequence[Sequence[GenerateRequest]],
+) -> tuple[list[GenerateRequest], list[list[int]]]:
+    """Different requests of all ranks, and where among them each rank's own are."""
+    place_of: dict[tuple[tuple[int, ...], str], int] = {}
+    requests: list[GenerateRequest] = []
+    places: list[list[int]] = []
+    for own in asked:
+        places.append([])
+        for request in own:
+            key = (request.prompt, repr(request.sampling))
+            place = place_of.setdefault(key, len(requests))
+            if place == len(requests):
+                requests.append(request)
+            places[-1].append(place)
+    return requests, places
