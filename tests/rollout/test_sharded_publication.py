@@ -19,7 +19,11 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -65,8 +69,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it holds memory of its own."""
-    is_tensor = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+    """Whether it holds memory: wrappers (DTensors, results of collectives) and metas have none."""
+    is_tensor = isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value)
     return is_tensor and not value.is_meta
 
 
@@ -165,7 +169,7 @@ def test_a_sharded_policy_is_served_as_a_whole_one(
             assert served.keys() == wanted.keys()
             for name, tensor in wanted.items():
                 assert torch.equal(served[name], tensor), name
-        # One tensor, its shard cast, and what gathering takes; not a copy of the model.
+        # One tensor and its shard cast; gloo may not have let go of those before. No whole copy.
         assert rank["largest"] <= rank["peak"] <= 3 * rank["largest"]
         assert rank["peak"] < rank["num_bytes"] / 4
 
