@@ -33,8 +33,14 @@ from fastrl.rollout.drafter_health import DrafterHealth
 from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
 from fastrl.rollout.end_of_sequence import eos_token_ids
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
+from fastrl.rollout.engine_group import EngineGroup
 from fastrl.rollout.sampling import request_key
-from fastrl.rollout.sglang_adaptation import answer_cost_queries, check_in_pool, lent, take_back
+from fastrl.rollout.sglang_adaptation import (
+    answer_cost_queries,
+    check_in_pool,
+    take_back,
+    without_journal,
+)
 from fastrl.rollout.sglang_arguments import (
     check_not_ours,
     checked_strategies,
@@ -44,7 +50,7 @@ from fastrl.rollout.sglang_arguments import (
     strategy_pool,
 )
 from fastrl.rollout.sglang_pool import StrategyPool
-from fastrl.rollout.sglang_process import EngineProcess, RawResponse, Role, StartedEngine
+from fastrl.rollout.sglang_process import Role, StartedEngine
 from fastrl.rollout.sglang_rollouts import (
     as_rollout,
     check_prompt,
@@ -55,16 +61,20 @@ from fastrl.rollout.sglang_rollouts import (
     sglang_sampling,
     statistics,
 )
-from fastrl.rollout.sglang_steps import SessionReport
 from fastrl.rollout.sglang_weights import (
     MESSAGE_TIMEOUT_S,
     WeightPublisher,
     check_every_weight_is_reached,
+    check_ranks_agree,
     policy_skeleton,
     weight_checksums,
 )
+from fastrl.rollout.shared_process import GenerateRequest, SharedProcess, SharedRequests
 from fastrl.rollout.weight_differences import WeightDifference
 from fastrl.types import OFF, DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
+
+_LATENESS_S = 1800.0
+"""Most seconds between ranks of a group at the same call, beside the engine's own work."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,7 +82,7 @@ class _Running:
     """What exists between `start` and `close`."""
 
     model_path: str
-    process: EngineProcess
+    process: SharedProcess
     engine: StartedEngine
     strategies: tuple[DraftStrategy, ...]
     """That it can run; the only one without a pool."""
@@ -99,7 +109,8 @@ class SGLangEngine:
         dtype: Numbers to compute in, and of the published weights.
         device: Where to compute: 'cpu', 'cuda', 'cuda:1', or 'auto' for a GPU if there is one; with
             tp_size > 1 the first of as many GPUs in a row.
-        tp_size: GPUs that share the model (tensor parallelism).
+        tp_size: GPUs that share the model (tensor parallelism). Of a trainer of several ranks, as
+            many in a row share one engine on their GPUs; a single one's engine takes them all.
         mem_fraction_static: Share of the device's memory for weights and cache; null: SGLang's
             default.
         attention_backend: SGLang's attention kernels ('triton', 'fa3', 'flashinfer'); null: its
@@ -166,9 +177,13 @@ class SGLangEngine:
         self._max_batch_size = max_batch_size
         self._hidden_states = hidden_states
         self._memory_saver = memory_saver
+        self._tp_size = tp_size
         self._bucket_mib = bucket_mib
         self._start_timeout_s = start_timeout_s
         self._generate_timeout_s = generate_timeout_s
+        self._group_timeout_s = _LATENESS_S + max(
+            start_timeout_s, generate_timeout_s, MESSAGE_TIMEOUT_S
+        )
         self._log_dir = log_dir
         self._server_args: dict[str, Any] = {
             "dtype": dtype,
@@ -199,6 +214,9 @@ class SGLangEngine:
     def start(self, model_path: str) -> None:
         """Start SGLang's processes; weights come by `load_policy`.
 
+        Ranks of the trainer that share the engine, as all that are called a group, do this and all
+        else together; what is raised on one is raised on all.
+
         Raises:
             FileNotFoundError: no such model or drafter.
             ValueError: a strategy that stock SGLang cannot run, a drafter of another model, or
@@ -218,8 +236,10 @@ class SGLangEngine:
         if self.drafter_path is not None and any(not strategy.is_off for strategy in strategies):
             drafter = EagleDrafter.from_pretrained(self.drafter_path, config)
         server_args = self._all_server_args(model_path, strategies, pool)
+        group = EngineGroup.join(self._tp_size, timeout_s=self._group_timeout_s)
+        group.check_devices(self._device)
         with ExitStack() as on_failure:
-            process = EngineProcess(self._new_log())
+            process = SharedProcess(group, self._new_log)
             on_failure.callback(process.end)
             engine = process.call(
                 "start", self._start_timeout_s, server_args=server_args, pool=pool
@@ -273,7 +293,8 @@ class SGLangEngine:
         """Send the drafter's trainable weights; an embedding or LM head among them is left out.
 
         After a drafter was rejected SGLang is started anew for it, and has no policy then.
-        Raises ValueError as `load_policy` does.
+        Raises ValueError as `load_policy` does, and where ranks that share the engine hold
+        different drafters.
         """
         running = self._started()
         if self._is_drafter_rejected:
@@ -286,18 +307,19 @@ class SGLangEngine:
                 f"{self.drafter_path}, strategy {running.strategies[0]}); set engine.drafter_path "
                 f"and a strategy that uses it, e.g. engine.strategy '4_2_8'"
             )
+        weights = list(without_shared(named_tensors))
+        check_ranks_agree(running.process.ranks, weights)
         running.has_drafter, self._drafter_version = False, -1
-        weights = dict(without_shared(named_tensors))
-        running.drafter.publish(weights.items())
+        running.drafter.publish(weights)
         running.has_drafter, self._drafter_version = True, version
         events = self._events
         self._events = dataclasses.replace(events, drafter_loads=events.drafter_loads + 1)
-        self._judge_anew(f"drafter version {version}", weights.items())
+        self._judge_anew(f"drafter version {version}", weights)
         if running.pool is not None:
             self.strategy_selector.exclude(())
 
     @property
-    def process(self) -> EngineProcess | None:
+    def process(self) -> SharedProcess | None:
         """SGLang's processes; None before `start`, and after they have ended."""
         if self._running is None or self._running.process.has_ended:
             return None
@@ -384,7 +406,7 @@ class SGLangEngine:
             self._running = None
             process.end()
             if self._log_dir is None and not process.has_failed:
-                process.log_path.unlink()
+                process.discard_log()
         self._policy_version = self._drafter_version = -1
 
     def _started(self) -> _Running:
@@ -434,7 +456,7 @@ class SGLangEngine:
         return ours | self._further_args
 
     def _publisher(
-        self, process: EngineProcess, role: Role, skeleton: Mapping[str, Tensor]
+        self, process: SharedProcess, role: Role, skeleton: Mapping[str, Tensor]
     ) -> WeightPublisher:
         return WeightPublisher(
             process,
@@ -443,7 +465,7 @@ class SGLangEngine:
             dtype=getattr(torch, self._dtype),
             device=self._device,
             bucket_mib=self._bucket_mib,
-            num_ranks=self._server_args["tp_size"],
+            num_readers=self._tp_size // process.ranks.size,
         )
 
     def _new_log(self) -> Path:
@@ -476,66 +498,77 @@ class SGLangEngine:
         """
         started = perf_counter()
         running = self._started()
-        self._check_ready(running, sampling, return_hidden_states)
+        samples = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
         max_sequence = longest_sequence(running.config.max_position_embeddings, running.strategies)
-        for prompt in prompts:
-            check_prompt(
-                prompt,
-                max_sequence=max_sequence,
-                pool_tokens=running.engine.pool_tokens,
-                max_tokens=sampling.max_tokens,
-            )
-        requests = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
-        raws: list[RawResponse] = []
-        report: SessionReport | None = None
-        if requests:
-            if running.pool is not None:
-                if self._is_drafter_rejected or self._health.failure is not None:
-                    # Whichever selector is set by now.
-                    self.strategy_selector.exclude(running.pool.trees)
-                self._answer_cost_queries(running, prompts, sampling, max_sequence)
-            with lent(self.strategy_selector) as selector:
-                raws, report = running.process.call(
-                    "generate",
-                    self._generate_timeout_s,
-                    prompts=[prompt.tokens for prompt, _ in requests],
-                    sampling=[
-                        sglang_sampling(
-                            sampling,
-                            num_prompt_tokens=len(prompt.tokens),
-                            max_sequence=max_sequence,
-                            eos_token_ids=running.eos_token_ids,
-                            key=request_key(seed, rl_step, prompt.prompt_id, sample),
-                        )
-                        for prompt, sample in requests
-                    ],
-                    num_top_logprobs=num_top_logprobs(sampling, running.config.vocab_size),
-                    return_hidden_states=return_hidden_states,
-                    selector=selector if running.pool is not None else None,
+
+        def own_requests() -> list[GenerateRequest]:
+            self._check_ready(running, sampling, return_hidden_states)
+            for prompt in prompts:
+                check_prompt(
+                    prompt,
+                    max_sequence=max_sequence,
+                    pool_tokens=running.engine.pool_tokens,
+                    max_tokens=sampling.max_tokens,
                 )
-        rollouts = [
-            as_rollout(
-                raw,
-                prompt,
-                sample,
-                sampling=sampling,
-                text=str(running.tokenizer.decode(list(raw.tokens), skip_special_tokens=True)),
-                policy_version=self._policy_version,
-            )
-            for raw, (prompt, sample) in zip(raws, requests, strict=True)
-        ]
-        num_prompt_tokens = sum(len(prompt.tokens) for prompt, _ in requests)
-        if report is not None:
-            take_back(self.strategy_selector, report)
+            return [
+                GenerateRequest(
+                    prompt=prompt.tokens,
+                    sampling=sglang_sampling(
+                        sampling,
+                        num_prompt_tokens=len(prompt.tokens),
+                        max_sequence=max_sequence,
+                        eos_token_ids=running.eos_token_ids,
+                        key=request_key(seed, rl_step, prompt.prompt_id, sample),
+                    ),
+                )
+                for prompt, sample in samples
+            ]
+
+        asked = running.process.gather_requests(
+            own_requests,
+            {
+                "num_top_logprobs": num_top_logprobs(sampling, running.config.vocab_size),
+                "return_hidden_states": return_hidden_states,
+            },
+        )
+        selector = None
+        if running.pool is not None:
+            selector = self.strategy_selector
+            if self._is_drafter_rejected or self._health.failure is not None:
+                selector.exclude(running.pool.trees)  # whichever selector is set by now
+            if asked.requests:
+                self._answer_cost_queries(running, asked, sampling, max_sequence)
+        with without_journal(self.strategy_selector):
+            responses = running.process.generate(asked, self._generate_timeout_s, selector)
+
+        def own_rollouts() -> list[Rollout]:
+            if responses.report is not None:
+                take_back(self.strategy_selector, responses.report)
+            return [
+                as_rollout(
+                    raw,
+                    prompt,
+                    sample,
+                    sampling=sampling,
+                    text=str(running.tokenizer.decode(list(raw.tokens), skip_special_tokens=True)),
+                    policy_version=self._policy_version,
+                )
+                for raw, (prompt, sample) in zip(responses.raws, samples, strict=True)
+            ]
+
+        rollouts = running.process.ranks.agree(own_rollouts)
+        num_prompt_tokens = sum(len(prompt.tokens) for prompt, _ in samples)
+        if responses.report is not None:
             self._stats = counted_statistics(
-                report.stats,
-                raws,
+                responses.report.stats,
+                responses.raws,
                 num_prompt_tokens=num_prompt_tokens,
                 seconds=perf_counter() - started,
             )
         else:
             self._stats = statistics(
-                raws,
+                responses.raws,
+                responses.steps_by_num_accepted,
                 running.strategies[0],
                 num_prompt_tokens=num_prompt_tokens,
                 seconds=perf_counter() - started,
@@ -550,17 +583,16 @@ class SGLangEngine:
     def _answer_cost_queries(
         self,
         running: _Running,
-        prompts: Sequence[Prompt],
+        asked: SharedRequests,
         sampling: SamplingParams,
         max_sequence: int,
     ) -> None:
-        longest_prompt = max(len(prompt.tokens) for prompt in prompts)
         answer_cost_queries(
             running.process,
             self._generate_timeout_s,
             self.strategy_selector,
             max_batch_size=self._max_batch_size,
-            max_context=longest_prompt + sampling.max_tokens,
+            max_context=asked.longest,
             max_sequence=max_sequence,
             pool_tokens=running.engine.pool_tokens,
             vocab_size=running.config.vocab_size,

@@ -44,7 +44,7 @@ def overwrite(engine, role, weights) -> None:
     """Change served weights behind the publisher's back; nothing is checked."""
     call = engine.process.call
     call("begin_update", 60, role=role)
-    call("update", 60, role=role, payload=_handles(list(weights.items())))
+    call("update", 60, role=role, payloads=[_handles(list(weights.items()))])
     call("end_update", 60)
 
 
