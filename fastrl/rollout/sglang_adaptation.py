@@ -13,6 +13,7 @@ over rows of random tokens, in the very engine that the rollouts use. Leaves out
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,9 +22,10 @@ from typing import Any
 
 from fastrl.rollout.bandit_base import Bandit
 from fastrl.rollout.engine import CostQuery, StrategySelector
+from fastrl.rollout.sglang_calls import ModelInfo
 from fastrl.rollout.sglang_steps import Rehearsal, SessionReport
-from fastrl.rollout.shared_process import SharedProcess
-from fastrl.types import SamplingParams
+from fastrl.rollout.shared_process import SharedProcess, SharedRequests, SharedResponses
+from fastrl.types import OFF, DraftStrategy, SamplingParams
 
 _STEPS = 6
 """Of each strategy, the first of which warms up."""
@@ -52,55 +54,75 @@ def take_back(selector: StrategySelector, report: SessionReport) -> None:
         selector.journal.extend(report.journal)
 
 
+def generate_under(
+    selector: StrategySelector | None,
+    asked: SharedRequests,
+    *,
+    process: SharedProcess,
+    model: ModelInfo,
+    sampling: SamplingParams,
+    max_batch_size: int,
+    timeout_s: float,
+) -> SharedResponses:
+    """Responses whose steps the selector chooses, once it knows the step times that it asks for.
+
+    Args:
+        selector: this rank's; None for stock SGLang, which has one strategy.
+        asked: by all ranks.
+        process: SGLang's.
+        model: that it serves.
+        sampling: of the rollouts.
+        max_batch_size: most rows decoded at once.
+        timeout_s: seconds that the call, and any one rehearsal, may take.
+    """
+    if selector is None:
+        return process.generate(asked, timeout_s, None)
+    if asked.requests:
+        _answer_cost_queries(
+            process,
+            timeout_s,
+            selector,
+            max_batch_size=max_batch_size,
+            max_context=asked.longest,
+            sampling=sampling,
+            model=model,
+        )
+    with without_journal(selector):
+        return process.generate(asked, timeout_s, selector)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
     """A rehearsal to come."""
 
     queries: list[CostQuery]
     """That it answers: other strategies over the same rows."""
+    strategies: list[DraftStrategy]
+    """Of the queries, and what follows until the rows end."""
     prompts: list[list[int]]
     sampling: dict[str, Any]
 
 
-def answer_cost_queries(
+def _answer_cost_queries(
     process: SharedProcess,
     timeout_s: float,
     selector: StrategySelector,
     *,
     max_batch_size: int,
     max_context: int,
-    max_sequence: int,
-    pool_tokens: int,
-    vocab_size: int,
     sampling: SamplingParams,
+    model: ModelInfo,
 ) -> None:
     """Time what the leader's selector asks for, and tell all ranks'; one that has been answered
-    asks for nothing more.
-
-    Args:
-        process: SGLang's.
-        timeout_s: seconds that one rehearsal may take.
-        selector: told each step's seconds, the second smallest of those timed.
-        max_batch_size: most rows decoded at once.
-        max_context: longest that rollouts can become, in tokens.
-        max_sequence: longest that the engine serves.
-        pool_tokens: that the cache holds; what has no room in it is not rehearsed.
-        vocab_size: tokens to draw contexts from.
-        sampling: of the rollouts to come.
+    asks for nothing more. What has no room in the cache is not rehearsed.
     """
     ranks = process.ranks
     runs = ranks.lead(
-        lambda: _runs(
-            selector.cost_queries(max_batch_size, min(max_context, max_sequence)),
-            max_sequence=max_sequence,
-            pool_tokens=pool_tokens,
-            vocab_size=vocab_size,
-            sampling=sampling,
-        )
+        lambda: _runs(selector.cost_queries(max_batch_size, max_context), sampling, model)
     )
     for run in runs:
         rehearsal = Rehearsal(
-            strategies=[query.strategy for query in run.queries],
+            strategies=run.strategies,
             batch_size=len(run.prompts),
             num_steps=_STEPS,
         )
@@ -113,18 +135,11 @@ def answer_cost_queries(
         )
         with nullcontext() if ranks.is_leader else without_journal(selector):
             for query in run.queries:
-                if timed := report.step_seconds.get(str(query.strategy), ())[1:]:
+                if timed := report.step_seconds.get(str(query.strategy), ())[1:_STEPS]:
                     selector.record_cost(query, sorted(timed)[:2][-1])
 
 
-def _runs(
-    queries: Sequence[CostQuery],
-    *,
-    max_sequence: int,
-    pool_tokens: int,
-    vocab_size: int,
-    sampling: SamplingParams,
-) -> list[_Run]:
+def _runs(queries: Sequence[CostQuery], sampling: SamplingParams, model: ModelInfo) -> list[_Run]:
     """One for all strategies asked for at the same batch size and context, which is cut to what
     there is room for."""
     groups: dict[tuple[int, int], list[CostQuery]] = {}
@@ -135,14 +150,20 @@ def _runs(
         strategies = [query.strategy for query in asked]
         num_tokens = 2 + sum((strategy.depth + 1) * _STEPS for strategy in strategies)
         largest = max(max(one.topk * one.depth, one.verify_tokens) for one in strategies)
-        room = min(max_sequence, pool_tokens // batch_size) - num_tokens - 3 * largest
+        room = min(model.max_sequence, model.pool_tokens // batch_size) - num_tokens - 3 * largest
         context_tokens = min(context_tokens, room)
         if context_tokens < 1:
             continue
+        if model.tp_size > 1:
+            # Rows are cut short, once all was seen, in SGLang's first rank alone: the others would
+            # go on. So they run to their end.
+            num_more = num_tokens - len(strategies) * _STEPS
+            strategies += [OFF] * math.ceil(num_more / _STEPS)
         runs.append(
             _Run(
                 queries=[replace(query, context_tokens=context_tokens) for query in asked],
-                prompts=_random_prompts(batch_size, context_tokens, vocab_size),
+                strategies=strategies,
+                prompts=_random_prompts(batch_size, context_tokens, model.config.vocab_size),
                 sampling=_endless(sampling, num_tokens),
             )
         )
