@@ -4,9 +4,9 @@ This file keeps the contract `RolloutEngine`: what is asked of SGLang, and when.
 sglang_options.py, its start in sglang_running.py. How its processes are kept is told in
 sglang_process.py, and in shared_process.py for ranks that share them; what runs in them in
 sglang_host.py; how weights get there in sglang_served_weights.py and sglang_weights.py; and how
-records are translated in sglang_calls.py and sglang_rollouts.py. With a selector that can choose (a bandit, set before `start`) SGLang runs
-FastRL's plugin (sglang_plugin.py, sglang_worker.py), which asks it before each decode step;
-sglang_adaptation.py brings it there and back. Otherwise SGLang runs as it is.
+records are translated in sglang_calls.py and sglang_rollouts.py. With a selector that can choose (a
+bandit, set before `start`) SGLang runs FastRL's plugin (sglang_plugin.py, sglang_worker.py), which
+asks it before each decode step; sglang_adaptation.py brings it there and back.
 
 Randomness is seeded by request, and so reproducible as long as the strategies are; but with
 speculation on SGLang draws other numbers than with it off: the distribution is the same, the tokens

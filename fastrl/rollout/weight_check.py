@@ -1,8 +1,8 @@
 """When an engine's weights are checked, against what, and what a failure is called.
 
-Ranks of a trainer look together: after each look they may be told what others found, so that all go
-the same way. Leaves out how (callbacks/health.py), the checks themselves (weight_differences.py,
-canary.py), and what follows from a failure.
+Ranks of a trainer look together, since they publish, sleep and wake together: after each look they
+may be told what others found, so that all go the same way. Leaves out how (callbacks/health.py),
+the checks themselves (weight_differences.py, canary.py), and what follows from a failure.
 """
 
 from __future__ import annotations

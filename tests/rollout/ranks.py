@@ -1,6 +1,7 @@
 """Runs a function on several processes at once, started and told of one another as by torchrun."""
 
 import importlib
+import inspect
 import os
 import pickle
 import socket
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 TIMEOUT_S = 240
 
+_ROOT = Path(__file__).parents[2]
+
 
 def run_ranks(work: Callable, folder: Path, *arguments: object, num_ranks: int = 2) -> list:
     """What `work(*arguments)`, a function of a module, returns on each rank; gloo is set up.
@@ -28,6 +31,7 @@ def run_ranks(work: Callable, folder: Path, *arguments: object, num_ranks: int =
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arguments").write_bytes(pickle.dumps(arguments))
+    file = Path(inspect.getfile(work)).relative_to(_ROOT)  # its module's name, if in no package
     processes = []
     for rank in range(num_ranks):
         environment = os.environ | {
@@ -50,7 +54,7 @@ def run_ranks(work: Callable, folder: Path, *arguments: object, num_ranks: int =
                         sys.executable,
                         "-m",
                         "tests.rollout.ranks",
-                        work.__module__,
+                        ".".join(file.with_suffix("").parts),
                         work.__name__,
                         str(folder),
                     ],
