@@ -347,7 +347,8 @@ class PolicySource(Protocol):
     """Set by whoever wants `take_features`: keep hidden states of the training forward."""
 
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Named weights in Hugging Face names; in one process the live parameters, not copies."""
+        """Named weights in Hugging Face names: the live parameters, not copies; DTensors where the
+        policy is sharded."""
         ...
 
     def take_features(self) -> list[SequenceFeatures]:

@@ -8,8 +8,9 @@ names, and the policy reads what the engine answers to a few canary prompts. How
 accepted is watched by the engine itself (fastrl/rollout/drafter_health.py); what it finds is dealt
 with here.
 
-Leaves out the checks themselves, and when each is due (fastrl/rollout/weight_check.py). Stateless:
-after a resume everything is compared.
+What is found on one rank counts for all: all raise, or all go on without the drafter, since they
+publish and train together. Leaves out the checks themselves, and when each is due
+(fastrl/rollout/weight_check.py). Stateless: after a resume everything is compared.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol, cast
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from fastrl.callbacks.drafter_training import DrafterTraining
 from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.engine import RolloutEngine
-from fastrl.rollout.weight_check import WeightCheck
+from fastrl.rollout.weight_check import Failure, WeightCheck
 from fastrl.rollout.weight_differences import WeightError
 from fastrl.types import PolicySource, RolloutBatch
 
@@ -82,7 +84,7 @@ class WeightHealth(Callback):
                 raise ValueError(f"WeightHealth: {expectation}, got {given}")
         self.on_drafter_failure = on_drafter_failure
         self._settings = (every_n_publications, num_canaries, canary_tolerance)
-        self._weight_check = WeightCheck(*self._settings)
+        self._weight_check = WeightCheck(*self._settings, _on_any_rank)
         self._scalars: dict[str, float] = {}  # since the last training step
         self._seconds = 0.0
 
@@ -90,7 +92,7 @@ class WeightHealth(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Be asked before each generation."""
-        self._weight_check = WeightCheck(*self._settings)
+        self._weight_check = WeightCheck(*self._settings, _on_any_rank)
         _rollout_source(trainer).on_published = functools.partial(self._check, trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -101,7 +103,8 @@ class WeightHealth(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: RolloutBatch, batch_idx: int
     ) -> None:
         """A drafter that the engine found bad while it generated the batch."""
-        for failure in batch.stats.drafter_failures:
+        failure = _on_any_rank(next(iter(batch.stats.drafter_failures), None))
+        if failure is not None:
             self._drafter_failed(_rollout_source(trainer).engine, failure)
 
     def on_train_batch_end(
@@ -141,6 +144,16 @@ class WeightHealth(Callback):
                 f"{failure}. Set WeightHealth.on_drafter_failure to fall_back to go on without it"
             )
         engine.reject_drafter(failure)  # which warns, and counts it in the next batch's statistics
+
+
+def _on_any_rank(failure: Failure) -> Failure:
+    """This rank's failure, or else that of the first rank that has one, with its number."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return failure
+    failures: list[Failure] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    elsewhere = (f"{one} (on rank {rank})" for rank, one in enumerate(failures) if one is not None)
+    return failure or next(elsewhere, None)
 
 
 def _published_drafter(engine: RolloutEngine, trainer: Trainer) -> Iterable[tuple[str, Tensor]]:

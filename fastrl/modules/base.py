@@ -18,6 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -148,7 +149,14 @@ class PolicyModule(LightningModule, ABC):
         self._is_configured = True
 
     def on_fit_start(self) -> None:
-        """Check the weights' precision; bring the reference to the policy's device."""
+        """Check how weights are sharded and rounded; bring the reference to the policy's device."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy FSDPStrategy (FSDP1) flattens the weights, which are whole only "
+                "all at once (summon_full_params): an engine could not be given them bucket by "
+                "bucket. Use lightning.pytorch.strategies.ModelParallelStrategy, and shard with "
+                "fully_shard (FSDP2) in configure_model"
+            )
         rounded = [n for n, p in self.policy.named_parameters() if p.dtype != torch.float32]
         if rounded:
             raise ValueError(
@@ -164,7 +172,8 @@ class PolicyModule(LightningModule, ABC):
             cast(nn.Module, reference).to(self.device)
 
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Named weights, the live parameters; tied ones once, under their first name."""
+        """Named weights, the live parameters, sharded ones as they are (the engine gathers them);
+        tied ones once, under their first name."""
         yield from self.policy.named_parameters()
 
     def take_features(self) -> list[SequenceFeatures]:

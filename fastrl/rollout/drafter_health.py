@@ -9,6 +9,7 @@ Leaves out what speculates in its place: the selector's n-gram strategies, if it
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastrl.rollout.engine import CostQuery, StrategySelector
-from fastrl.types import DraftStrategy, StepStats
+from fastrl.types import DraftStrategy, EngineStats, StepStats
 
 MIN_ACCEPTANCE = 0.01
 """Share of rows that must accept a draft token at depth 1."""
@@ -88,6 +89,52 @@ class DrafterHealth:
     def fail(self, reason: str) -> None:
         """Hold the drafter for bad."""
         self.failure = f"{self._name}: {reason}"
+
+
+class DrafterWatch:
+    """Judges drafters by what whole calls did, and has each failure told once."""
+
+    def __init__(self) -> None:
+        self.health = DrafterHealth()
+        self._untold: list[str] = []
+
+    @property
+    def failure(self) -> str | None:
+        """As of `DrafterHealth`."""
+        return self.health.failure
+
+    def start(self, name: str, named_weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Judge a new drafter; see `DrafterHealth.start`."""
+        self.health.start(name, named_weights)
+        self._note()
+
+    def look(self, stats: EngineStats) -> None:
+        """Look at what a call's drafts were worth."""
+        if self.failure is None and stats.offered_by_depth:
+            self.health.record_rows(stats.offered_by_depth[0], stats.accepted_by_depth[0])
+            self._note()
+
+    def fail(self, reason: str) -> None:
+        """Hold the drafter for bad, unless it is known to be."""
+        if self.failure is None:
+            self.health.fail(reason)
+            self._note()
+
+    def take(self) -> tuple[str, ...]:
+        """Failures that have not been told."""
+        untold = tuple(self._untold)
+        self._untold.clear()
+        return untold
+
+    def put_back(self, failures: Iterable[str]) -> None:
+        """They were told to nobody."""
+        self._untold.extend(failures)
+
+    def _note(self) -> None:
+        """Name a drafter just found bad; whether it goes on drafting is the caller's decision."""
+        if self.failure is not None:
+            self._untold.append(self.failure)
+            warnings.warn(self.failure, stacklevel=4)
 
 
 class WatchedSelector:

@@ -124,7 +124,11 @@ class RolloutEngine(Protocol):
         ...
 
     def load_policy(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the policy's weights (Hugging Face names). All of them: a missing name raises."""
+        """Take the policy's weights (Hugging Face names). All of them: a missing name raises.
+
+        Of a sharded policy (DTensors) all ranks call this together, and give the same names in the
+        same order.
+        """
         ...
 
     def load_drafter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

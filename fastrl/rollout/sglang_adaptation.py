@@ -4,43 +4,49 @@ The bandit that the trainer holds decides in SGLang's scheduler: each `generate`
 with its state, and takes back what it has learned (sglang_steps.py). In between nothing else holds
 it, so callbacks report, discount, save and restore it as they do beside the embedded engine.
 
+Where ranks share an engine, the first one's decides, and all ranks' take what it learned; its steps
+are in the first one's journal alone, so that each is counted once when ranks exchange journals.
+
 Its questions about step times are answered by rehearsals: decode steps of every strategy, in turn,
 over rows of random tokens, in the very engine that the rollouts use. Leaves out how it decides.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastrl.rollout.bandit_base import Bandit
 from fastrl.rollout.engine import CostQuery, StrategySelector
-from fastrl.rollout.sglang_process import EngineProcess
+from fastrl.rollout.sglang_calls import ModelInfo
 from fastrl.rollout.sglang_steps import Rehearsal, SessionReport
-from fastrl.types import SamplingParams
+from fastrl.rollout.shared_process import SharedProcess, SharedRequests, SharedResponses
+from fastrl.types import OFF, DraftStrategy, SamplingParams
 
 _STEPS = 6
 """Of each strategy, the first of which warms up."""
 
 
 @contextmanager
-def lent(selector: StrategySelector) -> Iterator[StrategySelector]:
-    """The selector as it is sent away: its journal, which may be long, stays here."""
+def without_journal(selector: StrategySelector) -> Iterator[None]:
+    """A bandit's journal, which may be long, stays here while the bandit is sent away; and what it
+    learns here meanwhile is not noted in it."""
     if not isinstance(selector, Bandit) or selector.journal is None:
-        yield selector
+        yield
         return
     journal, selector.journal = selector.journal, []
     try:
-        yield selector
+        yield
     finally:
         selector.journal = journal
 
 
 def take_back(selector: StrategySelector, report: SessionReport) -> None:
-    """Let the selector know what it learned while it was away."""
+    """Let the selector know what it, or that of the rank which leads, learned while it was away."""
     if not isinstance(selector, Bandit) or report.bandit_state is None:
         return
     selector.load_state_dict(report.bandit_state)
@@ -48,54 +54,120 @@ def take_back(selector: StrategySelector, report: SessionReport) -> None:
         selector.journal.extend(report.journal)
 
 
-def answer_cost_queries(
-    process: EngineProcess,
+def generate_under(
+    selector: StrategySelector | None,
+    asked: SharedRequests,
+    *,
+    process: SharedProcess,
+    model: ModelInfo,
+    sampling: SamplingParams,
+    max_batch_size: int,
+    timeout_s: float,
+) -> SharedResponses:
+    """Responses whose steps the selector chooses, once it knows the step times that it asks for.
+
+    Args:
+        selector: this rank's; None for stock SGLang, which has one strategy.
+        asked: by all ranks.
+        process: SGLang's.
+        model: that it serves.
+        sampling: of the rollouts.
+        max_batch_size: most rows decoded at once.
+        timeout_s: seconds that the call, and any one rehearsal, may take.
+    """
+    if selector is None:
+        return process.generate(asked, timeout_s, None)
+    if asked.requests:
+        _answer_cost_queries(
+            process,
+            timeout_s,
+            selector,
+            max_batch_size=max_batch_size,
+            max_context=asked.longest,
+            sampling=sampling,
+            model=model,
+        )
+    with without_journal(selector):
+        return process.generate(asked, timeout_s, selector)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """A rehearsal to come."""
+
+    queries: list[CostQuery]
+    """That it answers: other strategies over the same rows."""
+    strategies: list[DraftStrategy]
+    """Of the queries, and what follows until the rows end."""
+    prompts: list[list[int]]
+    sampling: dict[str, Any]
+
+
+def _answer_cost_queries(
+    process: SharedProcess,
     timeout_s: float,
     selector: StrategySelector,
     *,
     max_batch_size: int,
     max_context: int,
-    max_sequence: int,
-    pool_tokens: int,
-    vocab_size: int,
     sampling: SamplingParams,
+    model: ModelInfo,
 ) -> None:
-    """Time what the selector asks for; one that has been answered asks for nothing more.
-
-    Args:
-        process: SGLang's.
-        timeout_s: seconds that one rehearsal may take.
-        selector: told each step's seconds, the second smallest of those timed.
-        max_batch_size: most rows decoded at once.
-        max_context: longest that rollouts can become, in tokens.
-        max_sequence: longest that the engine serves.
-        pool_tokens: that the cache holds; what has no room in it is not rehearsed.
-        vocab_size: tokens to draw contexts from.
-        sampling: of the rollouts to come.
+    """Time what the leader's selector asks for, and tell all ranks'; one that has been answered
+    asks for nothing more. What has no room in the cache is not rehearsed.
     """
-    queries = selector.cost_queries(max_batch_size, min(max_context, max_sequence))
+    ranks = process.ranks
+    runs = ranks.lead(
+        lambda: _runs(selector.cost_queries(max_batch_size, max_context), sampling, model)
+    )
+    for run in runs:
+        rehearsal = Rehearsal(
+            strategies=run.strategies,
+            batch_size=len(run.prompts),
+            num_steps=_STEPS,
+        )
+        report: SessionReport = process.call(
+            "rehearse",
+            timeout_s,
+            prompts=run.prompts,
+            sampling=run.sampling,
+            rehearsal=rehearsal,
+        )
+        with nullcontext() if ranks.is_leader else without_journal(selector):
+            for query in run.queries:
+                if timed := report.step_seconds.get(str(query.strategy), ())[1:_STEPS]:
+                    selector.record_cost(query, sorted(timed)[:2][-1])
+
+
+def _runs(queries: Sequence[CostQuery], sampling: SamplingParams, model: ModelInfo) -> list[_Run]:
+    """One for all strategies asked for at the same batch size and context, which is cut to what
+    there is room for."""
     groups: dict[tuple[int, int], list[CostQuery]] = {}
     for query in queries:
         groups.setdefault((query.batch_size, query.context_tokens), []).append(query)
+    runs = []
     for (batch_size, context_tokens), asked in groups.items():
         strategies = [query.strategy for query in asked]
         num_tokens = 2 + sum((strategy.depth + 1) * _STEPS for strategy in strategies)
         largest = max(max(one.topk * one.depth, one.verify_tokens) for one in strategies)
-        room = min(max_sequence, pool_tokens // batch_size) - num_tokens - 3 * largest
+        room = min(model.max_sequence, model.pool_tokens // batch_size) - num_tokens - 3 * largest
         context_tokens = min(context_tokens, room)
         if context_tokens < 1:
             continue
-        report: SessionReport = process.call(
-            "rehearse",
-            timeout_s,
-            prompts=_random_prompts(batch_size, context_tokens, vocab_size),
-            sampling=_endless(sampling, num_tokens),
-            rehearsal=Rehearsal(strategies=strategies, batch_size=batch_size, num_steps=_STEPS),
+        if model.tp_size > 1:
+            # Rows are cut short, once all was seen, in SGLang's first rank alone: the others would
+            # go on. So they run to their end.
+            num_more = num_tokens - len(strategies) * _STEPS
+            strategies += [OFF] * math.ceil(num_more / _STEPS)
+        runs.append(
+            _Run(
+                queries=[replace(query, context_tokens=context_tokens) for query in asked],
+                strategies=strategies,
+                prompts=_random_prompts(batch_size, context_tokens, model.config.vocab_size),
+                sampling=_endless(sampling, num_tokens),
+            )
         )
-        for query in asked:
-            if timed := report.step_seconds.get(str(query.strategy), ())[1:]:
-                cut = dataclasses.replace(query, context_tokens=context_tokens)
-                selector.record_cost(cut, sorted(timed)[:2][-1])
+    return runs
 
 
 def _random_prompts(num_prompts: int, num_tokens: int, vocab_size: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""From our options to the arguments of SGLang's `ServerArgs`; refuses strategies it cannot run."""
+"""Strategies and GPUs in the words of SGLang's `ServerArgs`; refuses strategies it cannot run."""
 
 from __future__ import annotations
 

@@ -51,7 +51,6 @@ class EngineHost:
                 f"pip install 'sglang>=0.5.17,<0.5.22'"
             )
         self._engine: Any = None
-        self._tp_size = 1
 
     def serve_start(
         self, server_args: Mapping[str, Any], pool: StrategyPool | None
@@ -70,7 +69,6 @@ class EngineHost:
             loaders.append(DRAFTER_LOADER)
         server_args["custom_weight_loader"] = loaders
         self._engine = sglang.Engine(**server_args)
-        self._tp_size = int(server_args["tp_size"])
         scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
         return StartedEngine(
             sglang_version=self._version_text, pool_tokens=int(scheduler["max_total_num_tokens"])
@@ -164,17 +162,18 @@ class EngineHost:
         if self._has_update_sessions:
             self._check(self._engine.begin_weight_update(selector=role))
 
-    def serve_update(self, role: Role, payload: bytes) -> None:
-        """Hand a bucket on: `payload` is handles to [(name, tensor), …], unread here."""
+    def serve_update(self, role: Role, payloads: Sequence[bytes]) -> None:
+        """Hand a bucket on: a payload for each tensor-parallel rank, handles to
+        [(name, tensor), …], unread here."""
         # Before 0.5.21 the target has no switch to be left out by, so a loader leaves it out.
         is_old_draft = role == "draft" and not self._has_update_sessions
-        self._update(role, payload, loader=DRAFTER_LOADER if is_old_draft else None)
+        self._update(role, payloads, loader=DRAFTER_LOADER if is_old_draft else None)
 
-    def serve_compare(self, role: Role, payload: bytes) -> None:
-        """Have each rank compare a bucket with its weights (sglang_comparison.py), and report."""
-        self._update(role, payload, loader=COMPARERS[role])
+    def serve_compare(self, role: Role, payloads: Sequence[bytes]) -> None:
+        """Have each rank compare its bucket with its weights (sglang_comparison.py), and report."""
+        self._update(role, payloads, loader=COMPARERS[role])
 
-    def _update(self, role: Role, payload: bytes, *, loader: str | None) -> None:
+    def _update(self, role: Role, payloads: Sequence[bytes], *, loader: str | None) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
         route: dict[str, Any] = {}
@@ -183,7 +182,7 @@ class EngineHost:
         elif role == "target":
             route = {"disable_draft_model": True}
         request = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=[payload] * self._tp_size,
+            serialized_named_tensors=list(payloads),
             flush_cache=False,
             load_format=loader,
             **route,

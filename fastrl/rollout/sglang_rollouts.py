@@ -8,7 +8,6 @@ each position, with K = top_k, they are renormalized here to the distribution th
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -172,18 +171,31 @@ def as_rollout(
 def counted_statistics(
     counted: EngineStats, raws: Sequence[RawResponse], *, num_prompt_tokens: int, seconds: float
 ) -> EngineStats:
-    """What a call did, its steps as FastRL's plugin counted them."""
+    """What a call did, its steps as FastRL's plugin counted them.
+
+    Args:
+        counted: all steps, those of other ranks' responses included; its counts by strategy and by
+            depth are kept.
+        raws: this rank's responses.
+        num_prompt_tokens: of the prompts, cached ones included.
+        seconds: of the call.
+    """
+    steps = [raw.steps for raw in raws if raw.steps is not None]
+    num_plain_steps = sum(len(one.accept_lengths) - one.num_verify_steps for one in steps)
     return dataclasses.replace(
         counted,
         num_rollouts=len(raws),
         num_tokens=sum(len(raw.tokens) for raw in raws),
         num_prompt_tokens=num_prompt_tokens - sum(raw.num_cached_tokens for raw in raws),
         seconds=seconds,
+        row_steps=sum(one.num_verify_steps for one in steps),
+        accepted_tokens=sum(sum(one.accept_lengths) for one in steps) - num_plain_steps,
     )
 
 
 def statistics(
     raws: Sequence[RawResponse],
+    steps_by_num_accepted: Mapping[int, int],
     strategy: DraftStrategy,
     *,
     num_prompt_tokens: int,
@@ -194,10 +206,14 @@ def statistics(
     It does not tell how many steps it took for the whole batch: `num_steps` are those of the
     rollout that took most, which is exact while all run side by side. Prefill and draft seconds
     stay 0.
+
+    Args:
+        raws: this rank's responses.
+        steps_by_num_accepted: of all ranks' responses, from which counts by depth come.
+        strategy: of every step.
+        num_prompt_tokens: of the prompts, cached ones included.
+        seconds: of the call.
     """
-    num_accepted: Counter[int] = Counter()
-    for raw in raws:
-        num_accepted.update(dict(enumerate(raw.steps_by_num_accepted)))
     num_steps = max((len(_accept_lengths(raw)) for raw in raws), default=0)
     num_tokens = sum(len(raw.tokens) for raw in raws)
     return EngineStats(
@@ -207,10 +223,10 @@ def statistics(
         num_steps=num_steps,
         seconds=seconds,
         steps_by_strategy={str(strategy): num_steps} if num_steps else {},
-        row_steps=num_accepted.total(),
+        row_steps=sum(sum(raw.steps_by_num_accepted) for raw in raws),
         accepted_tokens=0 if strategy.is_off else num_tokens - len(raws),
-        offered_by_depth=_at_least(num_accepted, range(strategy.depth)),
-        accepted_by_depth=_at_least(num_accepted, range(1, strategy.depth + 1)),
+        offered_by_depth=_at_least(steps_by_num_accepted, range(strategy.depth)),
+        accepted_by_depth=_at_least(steps_by_num_accepted, range(1, strategy.depth + 1)),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
@@ -21,6 +22,7 @@ from fastrl.rollout.weight_differences import WeightError
 from fastrl.types import RolloutBatch, SamplingParams
 from tests.fake_run import make_batch
 from tests.recording_logger import RecordingLogger
+from tests.rollout.ranks import raised, run_ranks
 from tests.rollout.tiny_models import make_drafter, make_prompts, make_target
 
 SAMPLING = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -88,7 +90,12 @@ class Run:
     """A training over tiny models, checked by a callback."""
 
     def __init__(
-        self, folder: Path, sabotage: Any = None, dtype: str = "bfloat16", **settings: Any
+        self,
+        folder: Path,
+        sabotage: Any = None,
+        dtype: str = "bfloat16",
+        num_ranks: int = 1,
+        **settings: Any,
     ) -> None:
         model = make_target(folder / "target")
         self.drafter = make_drafter(folder / "drafter", model)
@@ -98,7 +105,9 @@ class Run:
         self.logger = RecordingLogger(folder)
         self.trainer = Trainer(
             accelerator="cpu",
-            devices=1,
+            devices=num_ranks,
+            strategy="auto" if num_ranks == 1 else "ddp",
+            use_distributed_sampler=False,
             max_epochs=1,
             logger=self.logger,
             callbacks=[WeightHealth(**settings)],
@@ -188,6 +197,47 @@ def test_a_drafter_that_the_engine_found_bad_raises_too(tmp_path: Path) -> None:
     ):
         run.fit()
     assert run.policy.rl_step == 0
+
+
+def on_second_rank(sabotage: Any) -> Any:
+    def spoil_one(engine: TorchEngine, step: int) -> None:
+        if dist.get_rank() == 1:
+            sabotage(engine, step)
+        elif sabotage is zero_drafter and step == 1:
+            engine.wake()  # as ranks do all together
+
+    return spoil_one
+
+
+def fit_on_two_ranks(folder: str, what: str) -> dict[str, Any]:
+    """Each rank has an engine of its own; the second's is spoilt."""
+    spoilt = {"policy": spoil_policy, "drafter": zero_drafter}[what]
+    settings: dict[str, Any] = {"every_n_publications": 1, "on_drafter_failure": "fall_back"}
+    run = Run(Path(folder), on_second_rank(spoilt), num_ranks=2, **settings)
+    dist.barrier()  # the first rank has written the models
+    result: dict[str, Any] = {}
+    if what == "policy":
+        result["raised"] = raised(run.fit)
+    else:
+        run.fit()
+        result["strategies"] = set(run.engine.stats().steps_by_strategy)
+    return result | {"generated": run.data.num_generated}
+
+
+def test_what_one_rank_finds_all_raise_and_nobody_waits(tmp_path: Path) -> None:
+    first, second = run_ranks(fit_on_two_ranks, tmp_path, str(tmp_path), "policy")
+    for rank in (first, second):
+        kind, message = rank["raised"]
+        assert kind == "WeightError"
+        assert "model.norm.weight: all zero" in message
+        assert rank["generated"] == 2
+    assert "(on rank 1)" in first["raised"][1]
+    assert "(on rank 1)" not in second["raised"][1]
+
+
+def test_a_drafter_that_is_bad_on_one_rank_is_left_out_on_all(tmp_path: Path) -> None:
+    for rank in run_ranks(fit_on_two_ranks, tmp_path, str(tmp_path), "drafter"):
+        assert rank == {"strategies": {"ngram_2_1_3"}, "generated": NUM_STEPS}
 
 
 @pytest.mark.parametrize(

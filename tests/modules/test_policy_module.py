@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 
 from fastrl.modules import GRPO, OptimizerSettings, Reinforce, ScoredResponse
 from fastrl.modules.loading import load_causal_lm
@@ -331,3 +332,14 @@ def test_mixed_precision_sees_the_weights_of_each_update(
     exact = fit(GRPO(model_folder, num_epochs=3, optimizer=FAST), [ragged_batch(0)]).logged_metrics
     for name in ("policy/ratio_max", "policy/clip_fraction", "policy/grad_norm"):
         assert logged[name].item() == pytest.approx(exact[name].item(), rel=0.1)
+
+
+def test_fsdp1_is_refused_with_what_to_use_instead(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning refuses it on a CPU by itself, so only its name is given."""
+    module = GRPO(model_folder)
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(Trainer, "strategy", property(lambda _: FSDPStrategy()))
+    with pytest.raises(ValueError, match=r"FSDP1[\s\S]*ModelParallelStrategy"):
+        module.on_fit_start()

@@ -11,6 +11,7 @@ import torch
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sglang_engine import SGLangEngine
 from fastrl.rollout.torch_engine import TorchEngine
+from tests.rollout.sglang_options import sglang_options
 from tests.rollout.tiny_models import make_drafter, make_target
 from tests.sglang_cpu import environment
 
@@ -62,23 +63,7 @@ def start_sglang(folders) -> Iterator[Callable[..., SGLangEngine]]:
             selector: StrategySelector | None = None,
             **options: object,
         ) -> SGLangEngine:
-            settings: dict = {
-                "drafter_path": str(folders[1]),
-                "dtype": "float32",
-                "device": "cpu",
-                "max_batch_size": 64,
-                "mem_fraction_static": 0.1,
-                "attention_backend": "intel_amx",
-                "start_timeout_s": 120,
-                "generate_timeout_s": 120,
-            } | options
-            settings["server_args"] = {
-                "disable_cuda_graph": True,
-                "max_total_tokens": 16384,
-                "skip_server_warmup": True,
-                "sleep_on_idle": True,  # engines wait side by side, and would spin
-            } | settings.get("server_args", {})
-            engine = SGLangEngine(**settings)
+            engine = SGLangEngine(**sglang_options(str(folders[1]), **options))
             engines.callback(engine.close)
             if selector is not None:
                 engine.strategy_selector = selector

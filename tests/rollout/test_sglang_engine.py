@@ -173,7 +173,7 @@ def test_a_better_drafter_is_accepted_more(sglang_engine, target_model):
 
 def test_small_buckets_carry_the_same_weights(start_sglang, sglang_engine, target_model):
     small = start_sglang(strategy="off", bucket_mib=1)
-    small._running.policy._bucket_bytes = 5000  # of 50 kB
+    small._running.weights.policy._bucket_bytes = 5000  # of 50 kB
     small.load_policy(target_model.named_parameters(), version=0)
     (few,), (many,) = sglang_engine.weight_checksums(), small.weight_checksums()
     assert many == {name: one for name, one in few.items() if not name.startswith("draft.")}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fastrl.rollout import sglang_engine as sglang_engine_module
+from fastrl.rollout import sglang_options, sglang_served_weights
 from fastrl.rollout.sglang_process import EngineError
 from fastrl.rollout.sglang_weights import _handles
 from fastrl.rollout.weight_check import WeightCheck
@@ -44,7 +44,7 @@ def overwrite(engine, role, weights) -> None:
     """Change served weights behind the publisher's back; nothing is checked."""
     call = engine.process.call
     call("begin_update", 60, role=role)
-    call("update", 60, role=role, payload=_handles(list(weights.items())))
+    call("update", 60, role=role, payloads=[_handles(list(weights.items()))])
     call("end_update", 60)
 
 
@@ -133,7 +133,7 @@ def test_a_synchronization_that_does_not_update_the_drafter(served, target_model
 
 def test_a_drafter_published_to_the_policy(served, target_model):
     newer = random_drafter(target_model, seed=6)
-    publisher = served._running.drafter
+    publisher = served._running.weights.drafter
     publisher._role = "target"
     try:
         served.load_drafter(newer.items(), version=2)  # SGLang answers: Success
@@ -146,7 +146,7 @@ def test_a_drafter_published_to_the_policy(served, target_model):
 
 def test_a_bucket_of_the_policy_that_is_lost(served, target_model, good_drafter, tmp_path):
     other = make_target(tmp_path, seed=1)
-    publisher = served._running.policy
+    publisher = served._running.weights.policy
     bucket_bytes, publisher._bucket_bytes = publisher._bucket_bytes, 20_000
     try:
         with lost_messages(served, lambda number: number == 1):
@@ -187,7 +187,8 @@ def test_a_drafter_that_is_never_accepted_is_named(served, target_model, good_dr
     served.load_drafter(bad.items(), version=7)
     sampling = SamplingParams(max_tokens=60, ignore_eos=True)
     prompts = make_prompts(10)
-    served._health.min_acceptance = 0.5  # a tiny vocabulary is guessed too often for 0.01
+    health = served._drafter_watch.health
+    health.min_acceptance = 0.5  # a tiny vocabulary is guessed too often for 0.01
     try:
         with pytest.warns(UserWarning, match="drafter version 7: .* rows accepted its first"):
             served.generate(prompts, sampling, num_samples=4)
@@ -195,7 +196,7 @@ def test_a_drafter_that_is_never_accepted_is_named(served, target_model, good_dr
         served.generate(prompts[:1], sampling)
         assert served.stats().drafter_failures == ()  # told once
     finally:
-        served._health.min_acceptance = 0.01
+        health.min_acceptance = 0.01
 
 
 def test_without_its_drafter_the_engine_goes_on_until_the_next(
@@ -232,8 +233,8 @@ def unchecked(monkeypatch, algorithm: str, drafter: str):
             "speculative_eagle_topk": 4,
             "speculative_num_draft_tokens": 8,
         }
-        patch.setattr(sglang_engine_module, "speculation_arguments", lambda *_: arguments)
-        patch.setattr(sglang_engine_module, "check_every_weight_is_reached", lambda *_: None)
+        patch.setattr(sglang_options, "speculation_arguments", lambda *_: arguments)
+        patch.setattr(sglang_served_weights, "check_every_weight_is_reached", lambda *_: None)
         yield
 
 

@@ -10,12 +10,14 @@ from fastrl.rollout.sglang_rollouts import (
     as_rollout,
     check_prompt,
     check_sampling,
+    counted_statistics,
     longest_sequence,
     num_top_logprobs,
     sglang_sampling,
     statistics,
 )
-from fastrl.types import OFF, DraftStrategy, FinishReason, Prompt, SamplingParams
+from fastrl.rollout.sglang_steps import RequestSteps
+from fastrl.types import OFF, DraftStrategy, EngineStats, FinishReason, Prompt, SamplingParams
 
 PROMPT = Prompt(prompt_id=4, tokens=(5, 6), text="", answer="")
 
@@ -107,31 +109,54 @@ def test_missing_hidden_states_are_an_error():
 
 
 def test_statistics_count_depths_from_the_histograms():
-    """Of 7 steps, 4 accepted at least one token, 3 at least two, 1 three."""
+    """Of the 8 steps of all ranks' responses, 5 accepted at least one token, 3 at least two, 1
+    three; 7 are of this rank's."""
     responses = [
         raw(num_tokens=5, steps_by_num_accepted=(1, 1, 1), num_cached_tokens=2),
         raw(num_tokens=8, steps_by_num_accepted=(2, 0, 1, 1)),
     ]
     strategy = DraftStrategy.parse("3_4_8")
-    stats = statistics(responses, strategy, num_prompt_tokens=10, seconds=2.0)
+    of_all_ranks = {0: 3, 1: 2, 2: 2, 3: 1}
+    stats = statistics(responses, of_all_ranks, strategy, num_prompt_tokens=10, seconds=2.0)
     assert (stats.num_rollouts, stats.num_tokens, stats.num_prompt_tokens) == (2, 13, 8)
     assert (stats.num_steps, stats.steps_by_strategy) == (4, {"3_4_8": 4})
     assert (stats.row_steps, stats.accepted_tokens) == (7, 11)
-    assert stats.offered_by_depth == (7, 4, 3)
-    assert stats.accepted_by_depth == (4, 3, 1)
+    assert stats.offered_by_depth == (8, 5, 3)
+    assert stats.accepted_by_depth == (5, 3, 1)
     assert stats.tokens_per_second == 6.5
 
 
 def test_statistics_without_speculation_have_no_accept_length():
-    stats = statistics([raw(), raw(num_tokens=6)], OFF, num_prompt_tokens=4, seconds=1.0)
+    stats = statistics([raw(), raw(num_tokens=6)], {}, OFF, num_prompt_tokens=4, seconds=1.0)
     assert (stats.num_steps, stats.row_steps, stats.accepted_tokens) == (5, 0, 0)
     assert stats.accept_length == 1
     assert stats.offered_by_depth == ()
 
 
 def test_statistics_of_nothing_are_zero():
-    stats = statistics([], OFF, num_prompt_tokens=0, seconds=1.0)
+    stats = statistics([], {}, OFF, num_prompt_tokens=0, seconds=1.0)
     assert (stats.num_steps, dict(stats.steps_by_strategy)) == (0, {})
+
+
+def test_counted_statistics_are_of_a_ranks_responses_but_for_steps_that_all_share():
+    """Its first response: a plain step, and two that verified 3 and 1; its second: 2."""
+    counted = EngineStats(
+        num_steps=4,
+        steps_by_strategy={"off": 1, "3_4_8": 3},
+        row_steps=9,
+        accepted_tokens=17,
+        offered_by_depth=(9, 5, 3),
+        accepted_by_depth=(5, 3, 0),
+    )
+    responses = [
+        raw(num_tokens=6, steps=RequestSteps(accept_lengths=[1, 3, 1], num_verify_steps=2)),
+        raw(num_tokens=3, steps=RequestSteps(accept_lengths=[2], num_verify_steps=1)),
+    ]
+    stats = counted_statistics(counted, responses, num_prompt_tokens=10, seconds=2.0)
+    assert (stats.num_rollouts, stats.num_tokens, stats.num_prompt_tokens) == (2, 9, 10)
+    assert (stats.row_steps, stats.accepted_tokens) == (3, 6)
+    assert (stats.num_steps, stats.steps_by_strategy) == (4, {"off": 1, "3_4_8": 3})
+    assert (stats.offered_by_depth, stats.accepted_by_depth) == ((9, 5, 3), (5, 3, 0))
 
 
 def test_sampling_parameters_are_passed_on():

@@ -1,6 +1,7 @@
 """Publication to a hand-written fake of the engine's process: SGLang is not needed."""
 
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,13 +23,21 @@ class FakeProcess:
         self.requests: list[str] = []
         self.bucket_bytes: list[int] = []
 
+    def send_bucket(
+        self, request: str, role: str, next_payloads: Callable, timeout_s: float
+    ) -> bool:
+        if (payloads := next_payloads()) is None:
+            return False
+        self.requests.append(request)
+        for payload in payloads:
+            bucket = pickle.loads(payload)
+            self.bucket_bytes.append(sum(tensor.nbytes for _, tensor in bucket))
+            model = self.models[role]
+            model.update((name, tensor.clone()) for name, tensor in bucket if name in model)
+        return True
+
     def call(self, request: str, timeout_s: float, **arguments: object) -> object:
         self.requests.append(request)
-        if request == "update":
-            bucket = pickle.loads(arguments["payload"])
-            self.bucket_bytes.append(sum(tensor.nbytes for _, tensor in bucket))
-            model = self.models[arguments["role"]]
-            model.update((name, tensor.clone()) for name, tensor in bucket if name in model)
         if request == "checksums":
             return [
                 {

@@ -1,7 +1,9 @@
 """The target model as the engine runs it: transformers' own modules over our cache.
 
 A skeleton of the model is built without weights, and takes the policy's: the very same storage
-where device and dtype agree (so an optimizer step is seen at once), copies elsewhere.
+where device and dtype agree (so an optimizer step is seen at once), copies elsewhere. The next
+publication is written over copies, tensor by tensor: there is never a second set of them, and no
+more than one whole tensor of a sharded policy besides.
 
 Leaves out training: the policy module has its own model object with its own attention.
 Shape legend: fastrl/types.py.
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastrl.rollout.attention import CACHED_ATTENTION, KVView
+from fastrl.rollout.sharded_weights import is_shared, whole
 from fastrl.rollout.torch_engine.kv_cache import KVCache
 from fastrl.rollout.weight_differences import Comparison, WeightDifference
 from fastrl.rollout.weights import changes_after_head, check_fits
@@ -61,6 +64,7 @@ class TargetModel:
         with torch.device(device):
             self._base.rotary_emb = type(self._base.rotary_emb)(config=self.config)
         self._mask_stand_in = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
+        self._copies: dict[str, Tensor] = {}  # of weights that could not be shared
         self.has_weights = False
 
     @property
@@ -94,25 +98,39 @@ class TargetModel:
         )
 
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take all weights; tensors of our device and dtype are shared, others copied.
+        """Take all weights; tensors of our device and dtype are shared, others copied, sharded ones
+        gathered from all ranks of their mesh.
 
         Raises ValueError naming missing, unknown and misshapen tensors.
         """
-        own = dict(self._model.named_parameters())
-        given = {
-            name: tensor.detach().to(self.device, self.dtype) for name, tensor in named_tensors
-        }
+        given = dict(named_tensors)
         if self.config.tie_word_embeddings:
             given.pop("lm_head.weight", None)
+        own = dict(self._model.named_parameters())
         check_fits(given, own, what="policy weights for the engine's model")
-        self._model.load_state_dict(given, strict=False, assign=True)
+        self.has_weights = False
+        new = {}
+        # The first publication may be a validation's, in inference mode; later ones write over it.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in given.items():
+                ready = whole(tensor, dtype=self.dtype, device=self.device)
+                if is_shared(ready, tensor):
+                    self._copies.pop(name, None)
+                    new[name] = ready
+                elif name in self._copies:
+                    self._copies[name].copy_(ready)
+                else:
+                    self._copies[name] = new[name] = ready
+                del ready  # before the next is made
+        self._model.load_state_dict(new, strict=False, assign=True)
         self._model.requires_grad_(False)
         self._model.tie_weights()
         _check_materialized(self._model)
         self.has_weights = True
 
     def compare(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[WeightDifference]:
-        """Our weights that differ from these.
+        """Our weights that differ from these; sharded ones are gathered from all ranks of their
+        mesh, one at a time.
 
         Raises ValueError naming missing, unknown and misshapen tensors.
         """
@@ -122,7 +140,8 @@ class TargetModel:
         check_fits(given, own, what="policy weights to compare")
         comparison = Comparison()
         for name, tensor in given.items():
-            comparison.compare(name, own[name], tensor)
+            published = whole(tensor, dtype=self.dtype, device=self.device)
+            comparison.compare(name, own[name], published)
         return comparison.differences()
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, view: KVView) -> Tensor:
