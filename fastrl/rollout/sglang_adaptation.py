@@ -13,7 +13,6 @@ over rows of random tokens, in the very engine that the rollouts use. Leaves out
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,7 +24,7 @@ from fastrl.rollout.engine import CostQuery, StrategySelector
 from fastrl.rollout.sglang_calls import ModelInfo
 from fastrl.rollout.sglang_steps import Rehearsal, SessionReport
 from fastrl.rollout.shared_process import SharedProcess, SharedRequests, SharedResponses
-from fastrl.types import OFF, DraftStrategy, SamplingParams
+from fastrl.types import SamplingParams
 
 _STEPS = 6
 """Of each strategy, the first of which warms up."""
@@ -97,8 +96,6 @@ class _Run:
 
     queries: list[CostQuery]
     """That it answers: other strategies over the same rows."""
-    strategies: list[DraftStrategy]
-    """Of the queries, and what follows until the rows end."""
     prompts: list[list[int]]
     sampling: dict[str, Any]
 
@@ -122,7 +119,7 @@ def _answer_cost_queries(
     )
     for run in runs:
         rehearsal = Rehearsal(
-            strategies=run.strategies,
+            strategies=[query.strategy for query in run.queries],
             batch_size=len(run.prompts),
             num_steps=_STEPS,
         )
@@ -135,7 +132,7 @@ def _answer_cost_queries(
         )
         with nullcontext() if ranks.is_leader else without_journal(selector):
             for query in run.queries:
-                if timed := report.step_seconds.get(str(query.strategy), ())[1:_STEPS]:
+                if timed := report.step_seconds.get(str(query.strategy), ())[1:]:
                     selector.record_cost(query, sorted(timed)[:2][-1])
 
 
@@ -154,15 +151,9 @@ def _runs(queries: Sequence[CostQuery], sampling: SamplingParams, model: ModelIn
         context_tokens = min(context_tokens, room)
         if context_tokens < 1:
             continue
-        if model.tp_size > 1:
-            # Rows are cut short, once all was seen, in SGLang's first rank alone: the others would
-            # go on. So they run to their end.
-            num_more = num_tokens - len(strategies) * _STEPS
-            strategies += [OFF] * math.ceil(num_more / _STEPS)
         runs.append(
             _Run(
                 queries=[replace(query, context_tokens=context_tokens) for query in asked],
-                strategies=strategies,
                 prompts=_random_prompts(batch_size, context_tokens, model.config.vocab_size),
                 sampling=_endless(sampling, num_tokens),
             )

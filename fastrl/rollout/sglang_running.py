@@ -129,15 +129,16 @@ def _read(request: StartRequest, options: SGLangOptions) -> _Files:
             eos_token_ids=eos_token_ids(path, config, tokenizer),
             strategies=request.strategies if pool is None else tuple(pool.strategies),
             pool_tokens=pool_tokens,
-            tp_size=options.tp_size,
+            context_length=server_args.get("context_length"),
         )
 
+    server_args = options.server_arguments(path, request.drafter_path, request.strategies, pool)
     return _Files(
         request=request,
         config=config,
         model=model,
         drafter=drafter,
-        server_args=options.server_arguments(path, request.drafter_path, request.strategies, pool),
+        server_args=server_args,
     )
 
 

@@ -118,6 +118,17 @@ def test_responses_end_before_the_context_does(any_strategy):
     assert len(rollout.tokens) == longest_sequence(128, [strategy]) - 110
 
 
+def test_a_context_that_sglang_was_told_bounds_responses(start_sglang, target_model):
+    engine = start_sglang(server_args={"context_length": 64})
+    engine.load_policy(target_model.named_parameters(), version=0)
+    prompts = make_prompts(2, shortest=40)
+    rollouts = engine.generate(prompts, LONG)
+    assert [len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in rollouts] == [62, 62]
+    with pytest.raises(ValueError, match="prompt 0 has 70 tokens"):
+        engine.generate(make_prompts(1, shortest=70), LONG)
+    engine.close()
+
+
 # -- weights --------------------------------------------------------------------------------------
 
 
