@@ -229,14 +229,17 @@ class DecodeSession:
         assert step.num_accepted is not None
         live = [row for row, request in enumerate(step.requests) if request is not None]
         accepted = [step.num_accepted[row] for row in live]
-        lengths = tuple(
-            _num_taken(step.requests[row], step.tokens_before[row], step.num_accepted[row] + 1)
-            for row in live
-        )
-        for row, length in zip(live, lengths, strict=True):
-            steps = self._requests.setdefault(step.requests[row].rid, RequestSteps())
-            steps.accept_lengths.append(length)
-            steps.num_verify_steps += not step.strategy.is_off
+        lengths = [count + 1 for count in accepted]
+        is_verified = not step.strategy.is_off
+        for place, row in enumerate(live):
+            request = step.requests[row]
+            if request.finished():
+                lengths[place] = _num_taken(request, step.tokens_before[row], lengths[place])
+            steps = self._requests.get(request.rid)
+            if steps is None:
+                steps = self._requests[request.rid] = RequestSteps()
+            steps.accept_lengths.append(lengths[place])
+            steps.num_verify_steps += is_verified
         if not live or seconds <= 0:
             return
         self._recorder.add_step(step.strategy, lengths, accepted)
@@ -250,7 +253,7 @@ class DecodeSession:
                 strategy=step.strategy,
                 batch_size=len(live),
                 context_tokens=step.context_tokens,
-                accept_lengths=lengths,
+                accept_lengths=tuple(lengths),
                 seconds=seconds,
                 offered_by_rank=offered,
                 accepted_by_rank=taken,
@@ -274,9 +277,7 @@ class DecodeSession:
 
 
 def _num_taken(request: Any, tokens_before: int, num_emitted: int) -> int:
-    """Of a step's tokens, those up to the response's end."""
-    if not request.finished():
-        return num_emitted
+    """Of the tokens of a response's last step, those up to its end."""
     return max(1, min(num_emitted, len(request.output_ids_through_stop) - tokens_before))
 
 
