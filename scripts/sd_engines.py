@@ -53,6 +53,12 @@ class SGLangOptions:
     """SGLang's attention kernels; null: its default."""
     deterministic: bool = False
     """Seed every token, as runs do by default; costs speed."""
+    memory_saver: bool = False
+    """Start SGLang so that it can give its memory back."""
+    bucketed_graphs: bool = True
+    """False: CUDA graphs of each strategy for all batch sizes, to compare their memory."""
+    log_dir: str | None = None
+    """Folder in which SGLang's logs are kept."""
     server_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of SGLang's ServerArgs."""
 
@@ -85,6 +91,9 @@ class SGLangOptions:
             mem_fraction_static=self.mem_fraction_static,
             attention_backend=self.attention_backend,
             deterministic=self.deterministic,
+            memory_saver=self.memory_saver,
+            bucketed_graphs=self.bucketed_graphs,
+            log_dir=self.log_dir,
             server_args={**self.server_args, **(further or {})},
         )
         engine.strategy_selector = selector
@@ -304,6 +313,8 @@ def _switching_engine(
         pool = _bandit_over(arms) if any(map(is_strategy, arms)) else FixedStrategy(OFF)
         engine = _new_sglang(subject, max_batch_size, pool, {})
         with _running(subject, engine):
+            if any(map(is_strategy, arms)):
+                _print_graph_memory(engine)
             yield {
                 arm: SGLangArm(
                     engine=engine,
@@ -328,6 +339,15 @@ def _new_sglang(
         selector=selector,
         further={**without_weights, **further},
     )
+
+
+def _print_graph_memory(engine: SGLangEngine) -> None:
+    """What the strategies of an engine that can switch took of the device's memory."""
+    assert engine.process is not None, "it has been started"
+    gib = engine.process.call("graph_memory", 30.0)
+    if total := gib.pop("all"):
+        parts = ", ".join(f"{name} {one:.2f}" for name, one in gib.items())
+        print(f"CUDA graphs and their buffers: {total:.2f} GiB in all; as built: {parts}")
 
 
 @contextmanager

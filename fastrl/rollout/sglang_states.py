@@ -91,7 +91,11 @@ class StateBuilder:
         self._parts: dict[tuple[Any, ...], Part] = {}
         self._all_sizes: list[int] = []
         self._base = max(pool.trees, key=lambda tree: tree.verify_tokens)
+        self._free_before = 0
         self.gib_by_strategy: dict[str, float] = {}
+        """Of the device's memory that each strategy's state took when it was built, less what it
+        shares with an earlier one; `all`: of all of them, and of what SGLang captured for the tree
+        with the most tokens."""
 
     @property
     def _captures(self) -> bool:
@@ -101,6 +105,7 @@ class StateBuilder:
     def begin(self) -> None:
         """SGLang is about to capture its verification graphs: have it do so for the tree with the
         most tokens, at that tree's batch sizes."""
+        self._free_before = _free_bytes(self._captures)
         if self._captures:
             self._all_sizes = list(_graph_configs(self._worker)[0].decode.bs)
             _set_sizes(self._worker, self._sizes(self._base))
@@ -116,6 +121,7 @@ class StateBuilder:
         states = {strategy: self._build(strategy) for strategy in order}
         if self._captures:
             _set_sizes(self._worker, self._all_sizes)
+        self.gib_by_strategy["all"] = (self._free_before - _free_bytes(self._captures)) / _GIB
         return states
 
     def _sizes(self, strategy: DraftStrategy) -> list[int]:

@@ -281,7 +281,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         return session.finish()
 
     def serve_graph_memory(self) -> dict[str, float]:
-        """GiB of the device's memory that each strategy's state took when it was built."""
+        """GiB of the device's memory; see `StateBuilder.gib_by_strategy`."""
         return dict(self._builder.gib_by_strategy)
 
 
