@@ -5,8 +5,8 @@ that carries one), is converted once into a folder in the cache, float32, so tha
 engine, the tokenizer and whatever else reads models need to know of folders alone.
 
 The weights and most of the tokenizer are what transformers makes of the file. It leaves out how the
-tokenizer splits text before merging (`tokenizer.ggml.pre`), and some versions (5.12.1) mistake which
-token ends a text; both are put right here. A file whose splitting is not known here is refused.
+tokenizer splits text before merging (`tokenizer.ggml.pre`), and some versions (5.12.1) take another
+token for the end; both are put right here. A file whose splitting is not known here is refused.
 
 Leaves out downloads, and quantized computation: weights are dequantized.
 """
