@@ -137,6 +137,25 @@ def test_a_bandit_decides_in_sglang_and_comes_back_with_what_it_learned(switchin
     assert switching.stats().num_steps == len(bandit.journal) - journal  # nothing is timed twice
 
 
+def test_steps_of_the_largest_batch_are_timed_where_its_prompts_are_read_in_parts(
+    start_sglang, target_model
+):
+    """SGLang lets one of as many requests as it has rows wait, while another is read in parts."""
+    bandit = ModelBased(["3_1_4", "3_4_8"], seed=1)
+    bandit.journal = []
+    engine = start_sglang(
+        selector=bandit, max_batch_size=6, server_args={"chunked_prefill_size": 64}
+    )
+    engine.load_policy(target_model.named_parameters(), version=0)
+    engine.generate(make_prompts(2), SamplingParams(max_tokens=30, ignore_eos=True))
+    costs = [entry for entry in bandit.journal if not isinstance(entry, StepStats)]
+    context_tokens = {entry.query.context_tokens for entry in costs}
+    assert 6 * min(context_tokens) > 64  # else they are read in one
+    timed = {(str(entry.query.strategy), entry.query.batch_size) for entry in costs}
+    assert timed == set(itertools.product(("off", "3_1_4", "3_4_8"), (1, 4, 6)))
+    engine.close()
+
+
 def test_a_fixed_strategy_of_the_pool_may_take_over_and_no_other(switching):
     prompts = make_prompts(2)
     switching.strategy_selector = FixedStrategy("5_2_12")
