@@ -11,7 +11,8 @@ Two checks, over a policy that is really served, by each strategy alone and by a
   Rounding moves probabilities too, in bfloat16 by a percent or so, which enough samples would tell
   apart; the second test is against as many responses of plain decoding.
 
-Exits with 1 on an error.
+With --sglang.memory_saver true both once more, after SGLang has given its memory back and taken it
+again: tokens and accept lengths must be those of before. Exits with 1 on an error.
 
     python scripts/check_sglang.py --model models/quickstart/policy \\
         --drafter models/quickstart/drafter --sglang.attention_backend triton
@@ -32,10 +33,11 @@ from torch import Tensor, nn
 
 from fastrl.model_files import resolve_model
 from fastrl.rollout.bandit import FixedStrategy, InTurns
+from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.sglang_engine import SGLangEngine
-from fastrl.types import Prompt, SamplingParams
+from fastrl.types import SamplingParams
 
 Response = tuple[int, ...]
 
@@ -183,54 +185,87 @@ def run(check: Check) -> bool:
     try:
         engine.start(folder)
         engine.load_policy(model.named_parameters(), version=0)
-        return _compare(check, engine, model, selectors)
+        comparison = Comparison(check, engine, model, folder)
+        lengths = [comparison.add(name, selector) for name, selector in selectors.items()]
+        if check.sglang.memory_saver:
+            engine.sleep()
+            engine.wake()
+            engine.load_policy(model.named_parameters(), version=1)
+            drafter = EagleDrafter.from_pretrained(check.drafter)
+            engine.load_drafter(drafter.named_weights(), version=1)
+            before = dict(zip(selectors, lengths, strict=True))["in turns"]
+            after = comparison.add("after sleep", selectors["in turns"])
+            if abs(after - before) > 0.05 * before:
+                print(f"accept length {before:.2f} before SGLang slept, {after:.2f} after: failed")
+                comparison.is_passed = False
+        return comparison.is_passed
     finally:
         engine.close()
 
 
-def _compare(
-    check: Check,
-    engine: SGLangEngine,
-    model: Any,
-    selectors: Mapping[str, StrategySelector],
-) -> bool:
-    folder = str(resolve_model(check.model))
-    prompts = random_prompts(
-        folder, length=check.prompt_tokens, count=check.num_prompts, seed=check.seed
-    )
-    greedy = SamplingParams(max_tokens=check.max_tokens, temperature=0, ignore_eos=True)
-    expected = joint_distribution(model, prompts[0].tokens, check.sampling)
-    plain: list[Response] = []
-    plain_counts: Counter[Response] = Counter()
-    is_passed = True
-    print(f"{'':>14} {'accept':>7} {'greedy':>8} {'largest gap':>12} {'p exact':>8} {'p plain':>8}")
-    for seed, (name, selector) in enumerate(selectors.items()):
-        engine.strategy_selector = selector
-        greedy_tokens = [rollout.tokens for rollout in engine.generate(prompts, greedy)]
-        accept_length = engine.stats().accept_length
-        plain = plain or greedy_tokens
+class Comparison:
+    """Holds what an engine generates against the policy, and against its own plain decoding.
+
+    Args:
+        check: what to compare.
+        engine: that serves the policy.
+        model: the policy, in float32.
+        folder: of the model.
+    """
+
+    def __init__(self, check: Check, engine: SGLangEngine, model: Any, folder: str) -> None:
+        self._check, self._engine, self._model = check, engine, model
+        self._prompts = random_prompts(
+            folder, length=check.prompt_tokens, count=check.num_prompts, seed=check.seed
+        )
+        self._expected = joint_distribution(model, self._prompts[0].tokens, check.sampling)
+        self._plain: list[Response] = []
+        self._plain_counts: Counter[Response] = Counter()
+        self._seed = check.seed
+        self.is_passed = True
+        print(
+            f"{'':>14} {'accept':>7} {'greedy':>8} {'largest gap':>12} "
+            f"{'p exact':>8} {'p plain':>8}"
+        )
+
+    def add(self, name: str, selector: StrategySelector) -> float:
+        """Generate under a selector, the first of which is plain decoding, and print a line.
+
+        Returns the greedy responses' accept length.
+        """
+        check, prompts = self._check, self._prompts
+        self._engine.strategy_selector = selector
+        greedy = SamplingParams(max_tokens=check.max_tokens, temperature=0, ignore_eos=True)
+        responses = [rollout.tokens for rollout in self._engine.generate(prompts, greedy)]
+        accept_length = self._engine.stats().accept_length
+        self._plain = self._plain or responses
         gaps = [
-            logit_gap(model, prompt.tokens, ours, theirs)
-            for prompt, ours, theirs in zip(prompts, greedy_tokens, plain, strict=True)
+            logit_gap(self._model, prompt.tokens, ours, theirs)
+            for prompt, ours, theirs in zip(prompts, responses, self._plain, strict=True)
         ]
-        counts = Counter(_sampled(check, engine, prompts[0], seed=check.seed + seed))
-        p_exact = chi_square_p_value(counts, expected, check.num_samples)
-        p_plain = two_sample_p_value(counts, plain_counts) if plain_counts else 1.0
-        plain_counts = plain_counts or counts
+        counts = self._sampled()
+        p_exact = chi_square_p_value(counts, self._expected, check.num_samples)
+        p_plain = two_sample_p_value(counts, self._plain_counts) if self._plain_counts else 1.0
+        self._plain_counts = self._plain_counts or counts
         is_good = max(gaps) <= check.largest_gap and min(p_exact, p_plain) >= check.least_p
-        is_passed &= is_good
-        num_equal = sum(ours == theirs for ours, theirs in zip(greedy_tokens, plain, strict=True))
+        self.is_passed &= is_good
+        num_equal = sum(ours == its for ours, its in zip(responses, self._plain, strict=True))
         print(
             f"{name:>14} {accept_length:>7.2f} {num_equal:>4}/{len(prompts):<3} {max(gaps):>12.2e} "
             f"{p_exact:>8.4f} {p_plain:>8.4f}{'' if is_good else '  failed'}",
             flush=True,
         )
-    return is_passed
+        return accept_length
 
-
-def _sampled(check: Check, engine: SGLangEngine, prompt: Prompt, *, seed: int) -> list[Response]:
-    rollouts = engine.generate([prompt], check.sampling, num_samples=check.num_samples, seed=seed)
-    return [rollout.tokens for rollout in rollouts]
+    def _sampled(self) -> Counter[Response]:
+        rollouts = self._engine.generate(
+            self._prompts[:1],
+            self._check.sampling,
+            num_samples=self._check.num_samples,
+            seed=self._seed,
+        )
+        self._seed += 1
+        return Counter(rollout.tokens for rollout in rollouts)
 
 
 def main() -> None:
