@@ -136,6 +136,7 @@ class PlainSteps:
         view.seq_lens_sum = None
         if batch.seq_lens_cpu is not None:
             view.seq_lens_cpu = batch.seq_lens_cpu + 1
+        self._take_read_done()  # of an earlier forward, should it be there
         result = self._worker._target_worker.forward_batch_generation(
             view, capture_hidden_mode=CaptureHiddenMode.FULL
         )
@@ -179,10 +180,16 @@ class PlainSteps:
     def _release_shared_buffers(self) -> None:
         """Let SGLang write the next step's inputs as soon as the target has read this one's; it
         waits for the drafter, which in this step reads nothing."""
-        for name in _READ_DONE:
-            if (event := getattr(self._target, name, None)) is not None:
-                setattr(self._target, name, None)
-                setattr(self._drafter.draft_runner, name, event)
+        for name, event in self._take_read_done():
+            setattr(self._drafter.draft_runner, name, event)
+
+    def _take_read_done(self) -> list[tuple[str, Any]]:
+        """The target's events, which it has no more then."""
+        events = [(name, getattr(self._target, name, None)) for name in _READ_DONE]
+        taken = [(name, event) for name, event in events if event is not None]
+        for name, _ in taken:
+            setattr(self._target, name, None)
+        return taken
 
     # -- what the drafter has not read ------------------------------------------------------------
 

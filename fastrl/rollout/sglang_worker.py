@@ -247,6 +247,11 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         with _kept_paths() as paths:
             result = super().verify(batch, **kwargs)
         self._verified = verify_input, paths[0]
+        if batch.return_hidden_states and self.topk == 1:
+            # A graph's output, which the next step may overwrite while this one is fetched; those
+            # of wider trees have been put in another order, and so elsewhere.
+            output = result.logits_output
+            output.hidden_states = output.hidden_states.clone()
         return result
 
     def _verified_tree(self, strategy: DraftStrategy) -> VerifiedTree | None:
