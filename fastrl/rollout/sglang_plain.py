@@ -7,7 +7,8 @@ slow at 256 rows of a 7B model.) As it adds one token to each row whatever happe
 step's lengths are published before it runs, and the scheduler prepares the next step meanwhile.
 
 The drafter does not read along. The target's hidden states are kept, and read by it all at once
-when they fill their buffer, or when a tree is next. Leaves out which steps are plain ones.
+when a tree is next, or all but the last, without logits, when they fill their buffer. Leaves out
+which steps are plain ones.
 
 Shape legend: B rows of a batch, R rows of SGLang's request pool, W unread tokens, D width of the
 hidden states, V vocabulary.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +33,11 @@ from torch import Tensor
 
 from fastrl.rollout.sglang_pool import StrategyPool
 
-MOST_UNREAD_TOKENS = 16
+MOST_UNREAD_TOKENS = 32
 """Tokens of a row that plain decoding leaves to the drafter to read at once, at most."""
+
+_PREFILL_TOKENS = 8192
+"""What SGLang prefills at once where it was told no limit."""
 
 _READ_DONE = ("war_fastpath_read_done_event", "shared_read_done_event")
 """Where SGLang's versions keep the event after which a forward reads no shared buffer any more."""
@@ -91,8 +95,11 @@ class PlainSteps:
         num_rows, row_width = self._req_to_token_RT.shape
         self._reserved = max(pool.topk * pool.depth, pool.verify_tokens)
         longest = self._target.model_config.context_len - self._reserved
-        self._most_unread = min(MOST_UNREAD_TOKENS, row_width - longest)
-        shape = (num_rows, self._most_unread)
+        self._width = min(MOST_UNREAD_TOKENS, row_width - longest)
+        # Of all rows together, no more than a prefill, which SGLang keeps memory for.
+        prefill_tokens = worker.server_args.chunked_prefill_size
+        self._tokens_at_once = prefill_tokens if (prefill_tokens or 0) > 0 else _PREFILL_TOKENS
+        shape = (num_rows, self._width)
         self._hidden_RWD = torch.zeros((*shape, width), dtype=dtype, device=self._device)
         self._token_RW = torch.zeros(shape, dtype=torch.int64, device=self._device)
         self._num_unread_R = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
@@ -156,7 +163,7 @@ class PlainSteps:
         return result
 
     def _keep(self, batch: Any, result: Any) -> None:
-        """What the drafter would have read, or let it read all of it."""
+        """What the drafter would have read; it reads what does not fit."""
         rows_B = batch.req_pool_indices
         count_B = self._num_unread_R[rows_B]
         self._hidden_RWD[rows_B, count_B] = result.logits_output.hidden_states
@@ -167,15 +174,15 @@ class PlainSteps:
             count = self._num_unread.get(request.rid, 0) + 1
             self._num_unread[request.rid] = count
             most = max(most, count)
-        carried = result.next_draft_input
-        if most >= self._most_unread:
-            self._catch_up(batch, carried, num_new=1)
-            return
         num_rows = len(rows_B)
+        carried = result.next_draft_input
         carried.topk_p = self._no_topk_p_1K.expand(num_rows, -1)
         carried.topk_index = self._no_topk_index_1K.expand(num_rows, -1)
         carried.hidden_states = self._no_hidden_1D.expand(num_rows, -1)
-        self._release_shared_buffers()
+        if most < min(self._width, max(2, self._tokens_at_once // num_rows)):
+            self._release_shared_buffers()
+        else:
+            self._read_all_but_last(batch)
 
     def _release_shared_buffers(self) -> None:
         """Let SGLang write the next step's inputs as soon as the target has read this one's; it
@@ -194,35 +201,73 @@ class PlainSteps:
     # -- what the drafter has not read ------------------------------------------------------------
 
     def read(self, batch: Any) -> None:
-        """Before a tree: the drafter reads what it has not."""
-        if any(request.rid in self._num_unread for request in batch.reqs):
-            self._catch_up(batch, batch.spec_info, num_new=0)
+        """Before a tree: the drafter reads what it has not, and drafts from there.
 
-    def _catch_up(self, batch: Any, carried: EagleDraftInput, *, num_new: int) -> None:
-        """Let the drafter read what it has not, and `carried` hold what it drafts from there.
+        Rows that have nothing unread keep what the step before handed on.
+        """
+        if not any(request.rid in self._num_unread for request in batch.reqs):
+            return
+        counts = [self._num_unread.pop(request.rid, 0) for request in batch.reqs]
+        count_B = self._num_unread_R[batch.req_pool_indices]
+        self._num_unread_R.index_fill_(0, batch.req_pool_indices, 0)
+        row_B = torch.arange(len(counts), device=self._device)
+        last_B = row_B * max(counts) + (count_B - 1).clamp(min=0)
+        output = self._forward(batch, counts, count_B, select_index=last_B)
+        probs_BV = renorm_draft_probs(output.next_token_logits, batch.sampling_info, False)
+        topk_p, topk_index = fast_topk(probs_BV, self._no_topk_p_1K.shape[1], dim=-1)
+        hidden_BD = output.hidden_states[last_B]
+        carried = batch.spec_info
+        if 0 in counts:
+            is_read_B1 = (count_B > 0)[:, None]
+            topk_p = torch.where(is_read_B1, topk_p, carried.topk_p)
+            topk_index = torch.where(is_read_B1, topk_index, carried.topk_index)
+            hidden_BD = torch.where(is_read_B1, hidden_BD, carried.hidden_states)
+        carried.topk_p, carried.topk_index = topk_p, topk_index
+        carried.hidden_states = hidden_BD
 
-        Rows read windows of the same width, that of the row with the most unread tokens. Where a
-        row has fewer, the rest of its window falls into cache that is reserved for drafts, all that
-        reaches beyond into the last place of it: nothing reads that.
+    def _read_all_but_last(self, batch: Any) -> None:
+        """After a plain step: make room. What follows a row's last token is not asked for yet, so
+        that one is left, and no logits are computed but a single row's, which SGLang insists on."""
+        rows_B = batch.req_pool_indices
+        counts = [self._num_unread[request.rid] - 1 for request in batch.reqs]
+        count_B = self._num_unread_R[rows_B] - 1
+        one = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._forward(batch, counts, count_B, select_index=one)
+        self._hidden_RWD[rows_B, 0] = self._hidden_RWD[rows_B, count_B]
+        self._token_RW[rows_B, 0] = self._token_RW[rows_B, count_B]
+        self._num_unread_R.index_fill_(0, rows_B, 1)
+        self._num_unread.update((request.rid, 1) for request in batch.reqs)
+
+    def _forward(
+        self,
+        batch: Any,
+        counts: Sequence[int],
+        count_B: Tensor,
+        *,
+        select_index: Tensor,
+    ) -> Any:
+        """The drafter's output over the first unread tokens of each row, which end before the
+        batch's lengths.
+
+        Rows read windows of the same width, that of the row with the most. Where a row has fewer,
+        the rest of its window falls into cache that is reserved for drafts, all that reaches beyond
+        into the last place of it: nothing reads that.
 
         Args:
             batch: of the step; changed by nothing here.
-            carried: handed on to the next step; rows that have nothing unread keep theirs.
-            num_new: tokens that the target has read beyond the batch's lengths.
+            counts: tokens to read, by row.
+            count_B: the same, on the device.
+            select_index: windows' places, as they lie one after the other, to compute logits at.
         """
-        counts = [self._num_unread.pop(request.rid, 0) for request in batch.reqs]
         width = max(counts)
         rows_B = batch.req_pool_indices
-        count_B = self._num_unread_R[rows_B]
-        self._num_unread_R.index_fill_(0, rows_B, 0)
-        start_B = batch.seq_lens + num_new - count_B
-        last_B = torch.arange(len(counts), device=self._device) * width + (count_B - 1).clamp(min=0)
+        start_B = batch.seq_lens - count_B
         view = copy.copy(batch)
         view.seq_lens = start_B
         view.seq_lens_sum = None
         if batch.seq_lens_cpu is not None:
             counts_cpu = torch.tensor(counts, dtype=batch.seq_lens_cpu.dtype)
-            view.seq_lens_cpu = batch.seq_lens_cpu + num_new - counts_cpu
+            view.seq_lens_cpu = batch.seq_lens_cpu - counts_cpu
         places_BW = start_B[:, None] + torch.arange(width, device=self._device)
         places_BW = places_BW.minimum((batch.seq_lens + self._reserved - 1)[:, None])
         slots_BW = self._req_to_token_RT[rows_B[:, None], places_BW]
@@ -233,11 +278,11 @@ class PlainSteps:
             num_accept_tokens=count_B,
             num_tokens_per_req=width,
             num_tokens_for_logprob_per_req=width,
-            select_index=last_B,
+            select_index=select_index,
         )
         extend.positions = places_BW.flatten()
+        runner = self._drafter.draft_runner
         with self._worker.drafting():
-            runner = self._drafter.draft_runner
             forward_batch = prepare_for_draft_extend(
                 extend,
                 view,
@@ -247,14 +292,4 @@ class PlainSteps:
                 None,  # graphs are of other widths
                 return_hidden_states_before_norm=False,
             )
-            output = runner.forward(forward_batch).logits_output
-        probs_BV = renorm_draft_probs(output.next_token_logits, batch.sampling_info, False)
-        topk_p, topk_index = fast_topk(probs_BV, self._no_topk_p_1K.shape[1], dim=-1)
-        hidden_BD = output.hidden_states[last_B]
-        if num_new == 0 and 0 in counts:
-            is_read_B1 = (count_B > 0)[:, None]
-            topk_p = torch.where(is_read_B1, topk_p, carried.topk_p)
-            topk_index = torch.where(is_read_B1, topk_index, carried.topk_index)
-            hidden_BD = torch.where(is_read_B1, hidden_BD, carried.hidden_states)
-        carried.topk_p, carried.topk_index = topk_p, topk_index
-        carried.hidden_states = hidden_BD
+            return runner.forward(forward_batch).logits_output

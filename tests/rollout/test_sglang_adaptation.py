@@ -54,7 +54,7 @@ def test_steps_are_those_of_the_embedded_engine_whatever_went_before(
     engine.load_drafter(drafter.items(), version=1)
     # Chains: of trees the two engines sometimes keep another node among equally likely ones.
     trees = ("3_1_4", "3_1_4", "1_1_2")
-    orders = [("off", *trees), (*("off",) * 3, *trees), (*("off",) * 20, *trees * 10)]
+    orders = [("off", *trees), (*("off",) * 3, *trees), (*("off",) * 45, *trees * 10)]
     accepted = 0
     for prompt, order in itertools.product(make_prompts(5), orders):
         switching.strategy_selector, engine.strategy_selector = InTurns(order), InTurns(order)
