@@ -5,8 +5,8 @@ that carries one), is converted once into a folder in the cache, float32, so tha
 engine, the tokenizer and whatever else reads models need to know of folders alone.
 
 The weights and most of the tokenizer are what transformers makes of the file. It leaves out how the
-tokenizer splits text before merging (`tokenizer.ggml.pre`), which is put right here; a file whose
-splitting is not known here is refused.
+tokenizer splits text before merging (`tokenizer.ggml.pre`), and some versions (5.12.1) take another
+token for the end; both are put right here. A file whose splitting is not known here is refused.
 
 Leaves out downloads, and quantized computation: weights are dequantized.
 """
@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 PACKAGE_PREFIX = "package:"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_CONVERSION = b"1"  # counted up when the folders that `_convert` makes change
+_CONVERSION = b"2"  # counted up when the folders that `_convert` makes change
 # llama.cpp's names, and what they mean: every digit by itself, the rest as GPT-2 does.
 _PRE_TOKENIZERS = {
     "smollm": pre_tokenizers.Sequence(
@@ -38,6 +38,13 @@ _PRE_TOKENIZERS = {
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+}
+# transformers' names of special tokens, and the file's.
+_SPECIAL_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
 }
 
 _log = logging.getLogger(__name__)
@@ -136,25 +143,31 @@ def _make_atomically(gguf_file: Path, folder: Path) -> None:
 
 def _convert(gguf_file: Path, folder: Path) -> None:
     """Write weights, configurations, tokenizer and chat template as Hugging Face files."""
-    pre_tokenizer = _pre_tokenizer(gguf_file)
+    _check_packages(gguf_file)
+    from gguf import GGUFReader
+
+    described = GGUFReader(gguf_file)
+    pre_tokenizer = _pre_tokenizer(gguf_file, described)
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    for role, token in _special_tokens(described).items():
+        setattr(tokenizer, role, token)
     tokenizer.save_pretrained(folder)
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     _without_quantizer(loaded, gguf_file).save_pretrained(folder)
 
 
-def _pre_tokenizer(gguf_file: Path) -> Any:
+def _check_packages(gguf_file: Path) -> None:
     if missing := [name for name in ("accelerate", "gguf") if not importlib.util.find_spec(name)]:
         raise ValueError(
             f"model_path: reading {gguf_file} needs the package {' and '.join(missing)}; install "
             f"it with `pip install {' '.join(missing)}`"
         )
-    from gguf import GGUFReader
 
-    field = GGUFReader(gguf_file).fields.get("tokenizer.ggml.pre")
-    name = None if field is None else field.contents()
+
+def _pre_tokenizer(gguf_file: Path, described: Any) -> Any:
+    name = _field(described, "tokenizer.ggml.pre")
     if name not in _PRE_TOKENIZERS:
         raise ValueError(
             f"model_path: the tokenizer of {gguf_file} splits text by rule {name!r}, which is not "
@@ -162,6 +175,22 @@ def _pre_tokenizer(gguf_file: Path) -> Any:
             f"otherwise than in the model's training; give the model's Hugging Face folder instead"
         )
     return _PRE_TOKENIZERS[name]
+
+
+def _special_tokens(described: Any) -> dict[str, str]:
+    """Those that the file names; its ids decide, whatever transformers has read."""
+    tokens = _field(described, "tokenizer.ggml.tokens")
+    ids = {
+        role: _field(described, f"tokenizer.ggml.{name}_token_id")
+        for role, name in _SPECIAL_TOKENS.items()
+    }
+    return {role: tokens[token_id] for role, token_id in ids.items() if token_id is not None}
+
+
+def _field(described: Any, name: str) -> Any:
+    """A field's value; None where the file has none."""
+    field = described.fields.get(name)
+    return None if field is None else field.contents()
 
 
 def _without_quantizer(loaded: PreTrainedModel, gguf_file: Path) -> PreTrainedModel:

@@ -53,8 +53,51 @@ class SGLangOptions:
     """SGLang's attention kernels; null: its default."""
     deterministic: bool = False
     """Seed every token, as runs do by default; costs speed."""
+    memory_saver: bool = False
+    """Start SGLang so that it can give its memory back."""
+    bucketed_graphs: bool = True
+    """False: CUDA graphs of each strategy for all batch sizes, to compare their memory."""
+    log_dir: str | None = None
+    """Folder in which SGLang's logs are kept."""
     server_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of SGLang's ServerArgs."""
+
+    def new_engine(
+        self,
+        *,
+        drafter: str | None,
+        max_batch_size: int,
+        dtype: Literal["float32", "bfloat16"],
+        device: str,
+        selector: StrategySelector,
+        further: Mapping[str, Any] | None = None,
+    ) -> SGLangEngine:
+        """Not started yet.
+
+        Args:
+            drafter: folder of an EAGLE drafter.
+            max_batch_size: most rows decoded at once.
+            dtype: to compute in.
+            device: where.
+            selector: of the strategies, which the engine is prepared for.
+            further: arguments of ServerArgs that go before these.
+        """
+        engine = SGLangEngine(
+            drafter_path=drafter,
+            max_batch_size=max_batch_size,
+            dtype=dtype,
+            device=device,
+            tp_size=self.tp_size,
+            mem_fraction_static=self.mem_fraction_static,
+            attention_backend=self.attention_backend,
+            deterministic=self.deterministic,
+            memory_saver=self.memory_saver,
+            bucketed_graphs=self.bucketed_graphs,
+            log_dir=self.log_dir,
+            server_args={**self.server_args, **(further or {})},
+        )
+        engine.strategy_selector = selector
+        return engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +313,8 @@ def _switching_engine(
         pool = _bandit_over(arms) if any(map(is_strategy, arms)) else FixedStrategy(OFF)
         engine = _new_sglang(subject, max_batch_size, pool, {})
         with _running(subject, engine):
+            if any(map(is_strategy, arms)):
+                _print_graph_memory(engine)
             yield {
                 arm: SGLangArm(
                     engine=engine,
@@ -285,21 +330,24 @@ def _switching_engine(
 def _new_sglang(
     subject: Subject, max_batch_size: int, selector: StrategySelector, further: Mapping[str, Any]
 ) -> SGLangEngine:
-    options = subject.sglang
     without_weights = {} if subject.has_weights else {"load_format": "dummy"}
-    engine = SGLangEngine(
-        drafter_path=subject.drafter,
+    return subject.sglang.new_engine(
+        drafter=subject.drafter,
         max_batch_size=max_batch_size,
         dtype=subject.dtype,
         device=subject.device,
-        tp_size=options.tp_size,
-        mem_fraction_static=options.mem_fraction_static,
-        attention_backend=options.attention_backend,
-        deterministic=options.deterministic,
-        server_args={**without_weights, **options.server_args, **further},
+        selector=selector,
+        further={**without_weights, **further},
     )
-    engine.strategy_selector = selector
-    return engine
+
+
+def _print_graph_memory(engine: SGLangEngine) -> None:
+    """What the strategies of an engine that can switch took of the device's memory."""
+    assert engine.process is not None, "it has been started"
+    gib = engine.process.call("graph_memory", 30.0)
+    if total := gib.pop("all"):
+        parts = ", ".join(f"{name} {one:.2f}" for name, one in gib.items())
+        print(f"CUDA graphs and their buffers: {total:.2f} GiB in all; as built: {parts}")
 
 
 @contextmanager

@@ -47,9 +47,9 @@ def layers(path: Path) -> list[str]:
 
 def on_this_machine(path: Path) -> list[str]:
     """Options in place of what it lacks: GPUs, and models of gigabytes."""
-    config = yaml.safe_load(path.read_text())
+    trainers = [yaml.safe_load(Path(layer).read_text())["trainer"] for layer in layers(path)[1::2]]
     options = []
-    if config.get("trainer", {}).get("accelerator") == "gpu":
+    if any(trainer.get("accelerator") == "gpu" for trainer in trainers):
         options += ["--trainer.accelerator=cpu"]
     if path.stem in DOWNLOADED:
         options += ["--model.init_args.model_path=models/quickstart/policy"]
@@ -224,6 +224,28 @@ def test_a_control_differs_from_the_quickstart_in_what_it_is_to_control(
     assert only_in_base == {
         key for key in base if name == "off" and key.startswith("trainer.callbacks.")
     }
+
+
+def test_the_control_of_sglangs_run_has_neither_drafter_nor_bandit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same health checks, and all else is the same too."""
+    base = expanded(layers(ROOT / "configs/grpo_sglang.yaml"), capsys)
+    control = expanded(layers(ROOT / "configs/grpo_sglang_off.yaml"), capsys)
+    training, health, adaptation = base["trainer"].pop("callbacks")
+    (kept,) = control["trainer"].pop("callbacks")
+    assert training["class_path"].endswith("DrafterTraining")
+    assert adaptation["class_path"].endswith("StrategyAdaptation")
+    # What it is to do when a drafter fails is of no effect without one.
+    assert kept["init_args"].pop("on_drafter_failure") == "raise"
+    assert health["init_args"].pop("on_drafter_failure") == "fall_back"
+    assert kept == health
+    base, control = leaves(base), leaves(control)
+    assert {key: value for key, value in control.items() if base[key] != value} == {
+        "data.init_args.engine.init_args.drafter_path": None,
+        "trainer.default_root_dir": "runs/grpo_sglang_off",
+    }
+    assert base.keys() == control.keys()
 
 
 def test_the_buffers_and_the_losss_settings_are_read_from_yaml(tmp_path: Path) -> None:

@@ -256,6 +256,8 @@ def test_the_end_of_a_turn_is_the_end_token(
     assert field(file, "tokenizer.ggml.tokens")[IM_END] == "<|im_end|>"
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.eos_token_id == IM_END
+    assert field(file, "tokenizer.ggml.padding_token_id") == tokenizer.pad_token_id == IM_END
+    assert field(file, "tokenizer.ggml.bos_token_id") == tokenizer.bos_token_id == IM_START
     assert GenerationConfig.from_pretrained(folder).eos_token_id == IM_END
 
 

@@ -202,8 +202,9 @@ class DrafterTraining(Callback):
         num_refused = self.buffer.add(features)
         while self._may_step():
             self._step(source.policy)
+        published: dict[str, float] = {}
         if not self._is_published and source.rl_step % self.publish_every_n_steps == 0:
-            self._publish(_engine(trainer))
+            published = {"time/publish_drafter": self._publish(_engine(trainer))}
         pl_module.log_dict(
             {
                 **self._step_metrics(self.budget.close()),
@@ -214,7 +215,7 @@ class DrafterTraining(Callback):
             on_epoch=False,
             batch_size=len(batch),
         )
-        log_step_scalars(trainer, self._mean_losses() | held_out, source.rl_step)
+        log_step_scalars(trainer, self._mean_losses() | held_out | published, source.rl_step)
         self._losses, self._idle_seconds = [], 0.0
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -275,13 +276,15 @@ class DrafterTraining(Callback):
                 self._step(source.policy)
         self._idle_seconds += time.perf_counter() - start
 
-    def _publish(self, engine: RolloutEngine) -> None:
-        """Give the engine a copy that later training does not change."""
+    def _publish(self, engine: RolloutEngine) -> float:
+        """Give the engine a copy that later training does not change; the seconds it took."""
         drafter, _ = self._learner()
+        started = time.perf_counter()
         self._published = {name: w.detach().clone() for name, w in drafter.named_weights()}
         self._is_published = True
         self.version += 1
         engine.load_drafter(self._published.items(), self.version)
+        return time.perf_counter() - started
 
     def _mean_losses(self) -> dict[str, float]:
         """Over the RL step's optimizer steps, those done in idle time included; none without."""

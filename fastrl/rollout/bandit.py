@@ -58,6 +58,7 @@ __all__ = [
     "BucketedEpsilonGreedy",
     "EpsilonGreedy",
     "FixedStrategy",
+    "InTurns",
     "Predefined",
 ]
 
@@ -99,6 +100,48 @@ class FixedStrategy:
     def exclude(self, strategies: Collection[DraftStrategy]) -> None:
         """While the strategy cannot be run: n-gram trees of its shape, or `off` for these too."""
         self._is_excluded = self.strategy in strategies
+
+    def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
+        """None: nothing depends on costs."""
+        return ()
+
+    def record_cost(self, query: CostQuery, seconds: float) -> None:
+        """Learns nothing."""
+
+
+class InTurns:
+    """One strategy after the other, at every step another: for checks and measurements.
+
+    Args:
+        strategies: Draft trees as depth_topk_verifytokens ('8_4_48'), and 'off', in their order.
+    """
+
+    def __init__(self, strategies: Sequence[str]) -> None:
+        if not strategies:
+            raise ValueError("InTurns needs at least one strategy, got none")
+        self._order = [DraftStrategy.parse(text) for text in strategies]
+        self._excluded: Collection[DraftStrategy] = ()
+        self._num_steps = 0
+
+    @property
+    def strategies(self) -> tuple[DraftStrategy, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys(self._order))
+
+    def select(
+        self, batch_size: int, context_tokens: int, referenced_rows: int = 0
+    ) -> DraftStrategy:
+        """The next one; `off` in place of one that is excluded."""
+        strategy = self._order[self._num_steps % len(self._order)]
+        self._num_steps += 1
+        return OFF if strategy in self._excluded else strategy
+
+    def record(self, stats: StepStats) -> None:
+        """Learns nothing."""
+
+    def exclude(self, strategies: Collection[DraftStrategy]) -> None:
+        """While they cannot be run."""
+        self._excluded = strategies
 
     def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
         """None: nothing depends on costs."""

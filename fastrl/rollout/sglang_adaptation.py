@@ -13,8 +13,8 @@ over rows of random tokens, in the very engine that the rollouts use. Leaves out
 
 from __future__ import annotations
 
-import math
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from fastrl.rollout.engine import CostQuery, StrategySelector
 from fastrl.rollout.sglang_calls import ModelInfo
 from fastrl.rollout.sglang_steps import Rehearsal, SessionReport
 from fastrl.rollout.shared_process import SharedProcess, SharedRequests, SharedResponses
-from fastrl.types import OFF, DraftStrategy, SamplingParams
+from fastrl.types import SamplingParams
 
 _STEPS = 6
 """Of each strategy, the first of which warms up."""
@@ -97,8 +97,6 @@ class _Run:
 
     queries: list[CostQuery]
     """That it answers: other strategies over the same rows."""
-    strategies: list[DraftStrategy]
-    """Of the queries, and what follows until the rows end."""
     prompts: list[list[int]]
     sampling: dict[str, Any]
 
@@ -121,22 +119,44 @@ def _answer_cost_queries(
         lambda: _runs(selector.cost_queries(max_batch_size, max_context), sampling, model)
     )
     for run in runs:
-        rehearsal = Rehearsal(
-            strategies=run.strategies,
-            batch_size=len(run.prompts),
-            num_steps=_STEPS,
-        )
+        timed = _timed(process, timeout_s, run)
+        with nullcontext() if ranks.is_leader else without_journal(selector):
+            for query, seconds in timed.items():
+                if seconds:
+                    selector.record_cost(query, sorted(seconds)[:2][-1])
+                    continue
+                warnings.warn(
+                    f"SGLang ran no steps of {query.strategy} over {query.batch_size} rows, and is "
+                    f"asked for them again before each rollout, which takes time; set "
+                    f"engine.max_batch_size to what it runs at once",
+                    stacklevel=2,
+                )
+
+
+def _timed(process: SharedProcess, timeout_s: float, run: _Run) -> dict[CostQuery, Sequence[float]]:
+    """Seconds of each query's steps, the first aside.
+
+    Where the prompts of a full batch are read in parts, SGLang keeps one row waiting: then a
+    rehearsal without that row answers.
+    """
+    strategies = [query.strategy for query in run.queries]
+    timed: dict[CostQuery, Sequence[float]] = {}
+    for prompts in (run.prompts, run.prompts[:-1]):
+        if not prompts:
+            break
         report: SessionReport = process.call(
             "rehearse",
             timeout_s,
-            prompts=run.prompts,
+            prompts=prompts,
             sampling=run.sampling,
-            rehearsal=rehearsal,
+            rehearsal=Rehearsal(strategies=strategies, batch_size=len(prompts), num_steps=_STEPS),
         )
-        with nullcontext() if ranks.is_leader else without_journal(selector):
-            for query in run.queries:
-                if timed := report.step_seconds.get(str(query.strategy), ())[1:_STEPS]:
-                    selector.record_cost(query, sorted(timed)[:2][-1])
+        timed = {
+            query: report.step_seconds.get(str(query.strategy), ())[1:] for query in run.queries
+        }
+        if all(timed.values()):
+            break
+    return timed
 
 
 def _runs(queries: Sequence[CostQuery], sampling: SamplingParams, model: ModelInfo) -> list[_Run]:
@@ -154,15 +174,9 @@ def _runs(queries: Sequence[CostQuery], sampling: SamplingParams, model: ModelIn
         context_tokens = min(context_tokens, room)
         if context_tokens < 1:
             continue
-        if model.tp_size > 1:
-            # Rows are cut short, once all was seen, in SGLang's first rank alone: the others would
-            # go on. So they run to their end.
-            num_more = num_tokens - len(strategies) * _STEPS
-            strategies += [OFF] * math.ceil(num_more / _STEPS)
         runs.append(
             _Run(
                 queries=[replace(query, context_tokens=context_tokens) for query in asked],
-                strategies=strategies,
                 prompts=_random_prompts(batch_size, context_tokens, model.config.vocab_size),
                 sampling=_endless(sampling, num_tokens),
             )

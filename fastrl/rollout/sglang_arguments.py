@@ -35,7 +35,9 @@ def checked_strategies(
     return tuple(selector.strategies)
 
 
-def strategy_pool(selector: StrategySelector, max_batch_size: int) -> StrategyPool | None:
+def strategy_pool(
+    selector: StrategySelector, max_batch_size: int, *, bucketed_graphs: bool = True
+) -> StrategyPool | None:
     """What to prepare SGLang for so that the selector can choose at each step; None for one that
     always runs the same, which stock SGLang does."""
     trees = [strategy for strategy in selector.strategies if not strategy.is_off]
@@ -45,7 +47,7 @@ def strategy_pool(selector: StrategySelector, max_batch_size: int) -> StrategyPo
     for tree in trees:
         limit = selector.largest_batch(tree) if isinstance(selector, Bandit) else None
         limits[tree] = None if limit is None or limit >= max_batch_size else limit
-    return StrategyPool(largest_batch=limits)
+    return StrategyPool(largest_batch=limits, is_bucketed=bucketed_graphs)
 
 
 def speculation_arguments(

@@ -38,13 +38,16 @@ class ModelInfo:
     """That SGLang can run; the only one without FastRL's plugin."""
     pool_tokens: int
     """That its cache holds."""
-    tp_size: int
-    """Ranks of SGLang that share it."""
+    context_length: int | None = None
+    """That SGLang was told to serve; None: the model's own."""
 
     @property
     def max_sequence(self) -> int:
         """Most tokens of prompt and response together."""
-        return longest_sequence(self.config.max_position_embeddings, self.strategies)
+        context = int(self.config.max_position_embeddings)
+        if self.context_length is not None:
+            context = min(context, self.context_length)
+        return longest_sequence(context, self.strategies)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +86,7 @@ class GenerateCall:
                 max_sequence=model.max_sequence,
                 pool_tokens=model.pool_tokens,
                 max_tokens=self.sampling.max_tokens,
+                strategies=model.strategies,
             )
         return [
             GenerateRequest(

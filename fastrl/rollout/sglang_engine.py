@@ -61,6 +61,8 @@ class SGLangEngine:
         hidden_states: Whether rollouts can be asked for hidden states; SGLang prepares for it at
             its start.
         memory_saver: Whether `sleep` can give memory back; needs the package torch-memory-saver.
+        bucketed_graphs: Whether a bandit's strategies share CUDA graphs of equal shapes, and have
+            them only for batch sizes in which each may be chosen; false: all for each, to compare.
         bucket_mib: Most MiB of weights published in one message.
         start_timeout_s: Seconds an engine may take to start.
         generate_timeout_s: Seconds a `generate` call may take before the engine is taken to hang.
@@ -82,6 +84,7 @@ class SGLangEngine:
         deterministic: bool = True,
         hidden_states: bool = False,
         memory_saver: bool = False,
+        bucketed_graphs: bool = True,
         bucket_mib: int = 512,
         start_timeout_s: float = 600.0,
         generate_timeout_s: float = 3600.0,
@@ -105,6 +108,7 @@ class SGLangEngine:
             deterministic=deterministic,
             hidden_states=hidden_states,
             memory_saver=memory_saver,
+            bucketed_graphs=bucketed_graphs,
             bucket_mib=bucket_mib,
             start_timeout_s=start_timeout_s,
             generate_timeout_s=generate_timeout_s,
@@ -140,7 +144,11 @@ class SGLangEngine:
             return StartRequest(
                 model_path=model_path,
                 strategies=self._strategies_to_run(),
-                pool=strategy_pool(self.strategy_selector, self._options.max_batch_size),
+                pool=strategy_pool(
+                    self.strategy_selector,
+                    self._options.max_batch_size,
+                    bucketed_graphs=self._options.bucketed_graphs,
+                ),
                 drafter_path=self.drafter_path,
             )
 

@@ -62,8 +62,6 @@ class EngineHost:
         if pool is not None:
             _check_plugin()
             pool.write_to(os.environ)
-            # After a plain step the plugin has the drafter read nothing, or many tokens at once.
-            os.environ["SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND"] = "1"
         loaders = [*(server_args.get("custom_weight_loader") or []), *COMPARERS.values()]
         if not self._has_update_sessions:
             loaders.append(DRAFTER_LOADER)

@@ -44,6 +44,7 @@ class SGLangOptions:
     deterministic: bool
     hidden_states: bool
     memory_saver: bool
+    bucketed_graphs: bool
     bucket_mib: int
     start_timeout_s: float
     generate_timeout_s: float

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import pickle
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -51,14 +52,9 @@ def _eagle_but_worker() -> type:
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-    def as_eagle(name: str) -> Callable[..., Any]:
-        def answer(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return getattr(SpeculativeAlgorithm.EAGLE, name)(*args, **kwargs)
-
-        return answer
-
+    # Bound to EAGLE once: SGLang asks them hundreds of times a step.
     methods: dict[str, Any] = {
-        name: as_eagle(name)
+        name: staticmethod(getattr(SpeculativeAlgorithm.EAGLE, name))
         for name, value in vars(SpeculativeAlgorithm).items()
         if callable(value) and not name.startswith("_") and name not in _OWN_METHODS
     }
@@ -85,6 +81,7 @@ def _answer_rpc(original: Callable[..., Any], scheduler: Any, request: Any) -> A
             **unpacked(request.parameters["packed"])
         )
     except Exception as error:
+        traceback.print_exc()  # into SGLang's log: the trainer is told in one line
         return RpcReqOutput(success=False, message=f"{type(error).__name__}: {error}")
     return RpcReqOutput(success=True, message=packed(answer))
 

@@ -17,6 +17,7 @@ import torch
 from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.sglang_process import RawResponse
 from fastrl.types import (
+    OFF,
     DraftStrategy,
     EngineStats,
     FinishReason,
@@ -31,10 +32,23 @@ _MARGIN = 2
 
 
 def longest_sequence(max_context: int, strategies: Sequence[DraftStrategy]) -> int:
-    """Most tokens of prompt and response together: with speculation SGLang keeps room for a whole
-    draft tree within the model's context, one as deep, as wide and as large as any of them."""
+    """Most tokens of prompt and response together.
+
+    With speculation SGLang keeps room for a whole draft tree within the model's context, one as
+    deep, as wide and as large as any of the strategies. It reserves twice that much cache at each
+    step, and notes it in rows that are 4 and a tree's tokens longer than the context: unchecked, a
+    wide tree's reserve would be noted in the next request's row.
+    """
+    num_drafted = num_reserved(strategies)
+    verify_tokens = max(one.verify_tokens for one in strategies)
+    beyond_row = 2 * num_drafted - verify_tokens - 4 if num_drafted > 1 else 0
+    return max_context - max(_MARGIN, num_drafted, beyond_row)
+
+
+def num_reserved(strategies: Sequence[DraftStrategy]) -> int:
+    """Tokens that SGLang keeps room for at a decode step of any of the strategies."""
     num_drafted = max(one.topk for one in strategies) * max(one.depth for one in strategies)
-    return max_context - max(_MARGIN, num_drafted, *(one.verify_tokens for one in strategies))
+    return max(num_drafted, *(one.verify_tokens for one in strategies))
 
 
 def check_sampling(sampling: SamplingParams) -> None:
@@ -74,8 +88,19 @@ def sglang_sampling(
     }
 
 
-def check_prompt(prompt: Prompt, *, max_sequence: int, pool_tokens: int, max_tokens: int) -> None:
-    """Raise ValueError for a prompt that leaves no room for a response, in context or cache."""
+def check_prompt(
+    prompt: Prompt,
+    *,
+    max_sequence: int,
+    pool_tokens: int,
+    max_tokens: int,
+    strategies: Sequence[DraftStrategy] = (OFF,),
+) -> None:
+    """Raise ValueError for a prompt that leaves no room for a response, in context or cache.
+
+    SGLang gives a request up if the cache cannot hold it and what a decode step reserves, which is
+    twice what the largest of its draft trees takes.
+    """
     num_tokens = len(prompt.tokens)
     if not 0 < num_tokens < max_sequence:
         raise ValueError(
@@ -84,10 +109,12 @@ def check_prompt(prompt: Prompt, *, max_sequence: int, pool_tokens: int, max_tok
             f"fits: filter long prompts (data.max_prompt_tokens)"
         )
     longest = min(num_tokens + max_tokens, max_sequence)
-    if longest > pool_tokens - _MARGIN:
+    num_drafted = 0 if all(one.is_off for one in strategies) else 2 * num_reserved(strategies)
+    if longest + num_drafted > pool_tokens - _MARGIN:
+        drafts = f", and draft trees {num_drafted}" if num_drafted else ""
         raise ValueError(
-            f"prompt {prompt.prompt_id} and its response may take {longest} tokens, but SGLang's "
-            f"cache holds {pool_tokens}, and would cut the response silently; raise "
+            f"prompt {prompt.prompt_id} and its response may take {longest} tokens{drafts}, but "
+            f"SGLang's cache holds {pool_tokens}, and would give the response up; raise "
             f"engine.mem_fraction_static, or lower sampling.max_tokens"
         )
 

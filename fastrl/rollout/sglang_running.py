@@ -110,7 +110,7 @@ def start_engine(
             eos_token_ids=files.eos_token_ids,
             strategies=files.request.strategies if pool is None else tuple(pool.strategies),
             pool_tokens=engine.pool_tokens,
-            tp_size=options.tp_size,
+            context_length=files.server_args.get("context_length"),
         ),
         drafter=files.drafter,
     )

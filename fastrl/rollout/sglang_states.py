@@ -4,8 +4,8 @@ A decode step has three parts, and each has a backend and graphs that fit certai
 drafter's forwards (depth and topk, and how many of their tokens are kept), the target's
 verification (tree size), and the drafter's reading of what was accepted (tree size). Strategies of
 equal shapes share them, and graphs are captured for those batch sizes only in which a strategy may
-be chosen (TLT, arXiv 2511.16665, "bucketed" graphs). Plain decoding is the verification of one
-token, at every batch size.
+be chosen (TLT, arXiv 2511.16665, "bucketed" graphs). Plain decoding has a decode step in place of
+the verification (sglang_plain.py), at every batch size.
 
 SGLang's own adaptive speculation builds such states too, but all parts for each, at all sizes, and
 for chains only.
@@ -31,6 +31,7 @@ from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
     EAGLEDraftExtendCudaGraphRunner,
 )
 
+from fastrl.rollout.sglang_plain import PlainDecodeGraphs
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.types import DraftStrategy
 
@@ -90,7 +91,11 @@ class StateBuilder:
         self._parts: dict[tuple[Any, ...], Part] = {}
         self._all_sizes: list[int] = []
         self._base = max(pool.trees, key=lambda tree: tree.verify_tokens)
+        self._free_before = 0
         self.gib_by_strategy: dict[str, float] = {}
+        """Of the device's memory that each strategy's state took when it was built, less what it
+        shares with an earlier one; `all`: of all of them, and of what SGLang captured for the tree
+        with the most tokens."""
 
     @property
     def _captures(self) -> bool:
@@ -100,6 +105,7 @@ class StateBuilder:
     def begin(self) -> None:
         """SGLang is about to capture its verification graphs: have it do so for the tree with the
         most tokens, at that tree's batch sizes."""
+        self._free_before = _free_bytes(self._captures)
         if self._captures:
             self._all_sizes = list(_graph_configs(self._worker)[0].decode.bs)
             _set_sizes(self._worker, self._sizes(self._base))
@@ -115,6 +121,7 @@ class StateBuilder:
         states = {strategy: self._build(strategy) for strategy in order}
         if self._captures:
             _set_sizes(self._worker, self._all_sizes)
+        self.gib_by_strategy["all"] = (self._free_before - _free_bytes(self._captures)) / _GIB
         return states
 
     def _sizes(self, strategy: DraftStrategy) -> list[int]:
@@ -192,6 +199,8 @@ class StateBuilder:
             target.init_new_workspace = kept
         if not self._captures:
             return Part(backend, None)
+        if self._worker.speculative_num_steps == 0:
+            return Part(backend, PlainDecodeGraphs(target, backend))
         graphs = DecodeCudaGraphRunner(
             target,
             attn_backend=backend,

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from fastrl.rollout.bandit_base import Bandit, MeasuredCost
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.step_statistics import StatisticsRecorder
-from fastrl.types import DraftStrategy, EngineStats, StepStats
+from fastrl.types import OFF, DraftStrategy, EngineStats, StepStats
 
 Nodes = NDArray[np.int64]
 
@@ -82,6 +82,8 @@ class DecodeStep:
     context_tokens: int
     requests: Sequence[Any]
     """Of its rows; each has a `rid`, and tells by `finished()` that its response has ended."""
+    tokens_before: Sequence[int] = ()
+    """Of each row's response, once the counts are on the host."""
     start: Mark
     end: Mark | None = None
     tree: VerifiedTree | None = None
@@ -138,6 +140,7 @@ class DecodeSession:
         self._selector = selector
         self._rehearsal = rehearsal
         self._planned: deque[DraftStrategy] = deque()
+        self._is_over = False
         if rehearsal is not None:
             self._planned.extend(
                 strategy for strategy in rehearsal.strategies for _ in range(rehearsal.num_steps)
@@ -155,14 +158,21 @@ class DecodeSession:
         self._learn()
         context_tokens = self._longest_context(requests)
         if self._rehearsal is None:
-            return self._selector.select(len(requests), context_tokens), context_tokens
+            strategy = self._selector.select(len(requests), context_tokens)
+            if strategy.drafter == "ngram":  # stands in for a drafter; SGLang has no such trees
+                strategy = OFF
+            return strategy, context_tokens
         if len(requests) < self._rehearsal.batch_size:
             return self._rehearsal.strategies[0], context_tokens
         if self._planned:
             return self._planned.popleft(), context_tokens
-        for request in requests:  # all was seen: they end by their length
-            request.sampling_params.max_new_tokens = 1
+        self._is_over = True
         return self._rehearsal.strategies[0], context_tokens
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a rehearsal has seen all it asked for: its requests need not go on."""
+        return self._is_over
 
     def _longest_context(self, requests: Sequence[Any]) -> int:
         self._context_age += 1
@@ -196,6 +206,7 @@ class DecodeSession:
                 f"of results is not the one FastRL's plugin knows"
             )
         step.num_accepted = list(num_accepted)
+        step.tokens_before = [len(request.output_ids) for request in step.requests]
         # The tokens that a response emits after its end are dropped; it is known to have ended by
         # the time the next step's result comes.
         step.requests = [None if request.finished() else request for request in step.requests]
@@ -218,11 +229,17 @@ class DecodeSession:
         assert step.num_accepted is not None
         live = [row for row, request in enumerate(step.requests) if request is not None]
         accepted = [step.num_accepted[row] for row in live]
-        lengths = tuple(count + 1 for count in accepted)
-        for row, length in zip(live, lengths, strict=True):
-            steps = self._requests.setdefault(step.requests[row].rid, RequestSteps())
-            steps.accept_lengths.append(length)
-            steps.num_verify_steps += not step.strategy.is_off
+        lengths = [count + 1 for count in accepted]
+        is_verified = not step.strategy.is_off
+        for place, row in enumerate(live):
+            request = step.requests[row]
+            if request.finished():
+                lengths[place] = _num_taken(request, step.tokens_before[row], lengths[place])
+            steps = self._requests.get(request.rid)
+            if steps is None:
+                steps = self._requests[request.rid] = RequestSteps()
+            steps.accept_lengths.append(lengths[place])
+            steps.num_verify_steps += is_verified
         if not live or seconds <= 0:
             return
         self._recorder.add_step(step.strategy, lengths, accepted)
@@ -236,7 +253,7 @@ class DecodeSession:
                 strategy=step.strategy,
                 batch_size=len(live),
                 context_tokens=step.context_tokens,
-                accept_lengths=lengths,
+                accept_lengths=tuple(lengths),
                 seconds=seconds,
                 offered_by_rank=offered,
                 accepted_by_rank=taken,
@@ -257,6 +274,11 @@ class DecodeSession:
             journal=journal,
             step_seconds=self._step_seconds,
         )
+
+
+def _num_taken(request: Any, tokens_before: int, num_emitted: int) -> int:
+    """Of the tokens of a response's last step, those up to its end."""
+    return max(1, min(num_emitted, len(request.output_ids_through_stop) - tokens_before))
 
 
 Counts = tuple[tuple[int, ...], ...]

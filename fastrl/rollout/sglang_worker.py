@@ -6,9 +6,8 @@ and puts that one in force. Nothing is prefilled anew for it. Three things make 
 
 - What a step hands on to the next one, the drafter's best tokens, has the width of the widest tree;
   a narrower one takes the first of them.
-- Plain decoding is the verification of a root alone, in CUDA graphs of its own. The drafter does
-  not read along: the target's hidden states are kept, and read by it all at once when they fill
-  their buffer, or when a tree is next (`_catch_up`).
+- A plain step is SGLang's own decode step, after which the drafter reads what it has missed only
+  now and then (sglang_plain.py).
 - SGLang reserves cache and context for the largest tree, whichever is in force.
 
 Under tensor parallelism rank 0 decides, and tells the others: their choices are the same by
@@ -18,7 +17,6 @@ construction. Leaves out weights and sampling, which are SGLang's.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,15 +29,12 @@ from sglang.srt.layers.moe.utils import (
 )
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative import eagle_worker_common, spec_utils
-from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleDraftInput
-from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
-from sglang.srt.speculative.eagle_worker_common import prepare_for_draft_extend
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker, EAGLEWorkerV2
-from sglang.srt.speculative.spec_utils import fast_topk, renorm_draft_probs
 from torch import Tensor
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.sglang_plain import PlainSteps
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.rollout.sglang_states import StateBuilder, StrategyState
 from fastrl.rollout.sglang_steps import (
@@ -52,9 +47,6 @@ from fastrl.rollout.sglang_steps import (
     VerifiedTree,
 )
 from fastrl.types import OFF, DraftStrategy
-
-MOST_UNREAD_TOKENS = 16
-"""Tokens of a row that plain decoding leaves to the drafter to read at once, at most."""
 
 
 class CudaMark:
@@ -160,25 +152,14 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
     def init_cuda_graphs(self) -> None:
         """Build a state for each strategy, with its graphs."""
         super().init_cuda_graphs()
-        with self._drafting():
+        with self.drafting():
             self._states = self._builder.build()
         self._activate(OFF)
-        self._init_unread()
-
-    def _init_unread(self) -> None:
-        """Room for what plain decoding leaves to be read by the drafter."""
-        width, dtype = get_draft_recurrent_hidden_state_spec(self._draft_worker.draft_runner)
-        num_rows = self.req_to_token_pool.req_to_token.shape[0]
-        reserved = max(self._pool.topk * self._pool.depth, self._pool.verify_tokens)
-        self._most_unread = min(MOST_UNREAD_TOKENS, reserved)
-        shape = (num_rows, self._most_unread)
-        self._unread_hidden_RWD = torch.zeros((*shape, width), dtype=dtype, device=self.device)
-        self._unread_token_RW = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self._num_unread_R = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
-        self._num_unread: dict[str, int] = {}  # by request, those of none left out
+        self._plain = PlainSteps(self, self._pool)
 
     @contextlib.contextmanager
-    def _drafting(self) -> Iterator[None]:
+    def drafting(self) -> Iterator[None]:
+        """SGLang's settings for the drafter's forwards."""
         drafter = self._draft_worker
         with (
             drafter.draft_tp_context(drafter.draft_runner.tp_group),
@@ -195,17 +176,17 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
             self._ran_prefill = True
             if self._session is not None:
                 self._session.prefilled()
-            for request in batch.reqs:
-                self._num_unread.pop(request.rid, None)
-            self._num_unread_R[batch.req_pool_indices] = 0
+            self._plain.forget(batch)
             return super().forward_batch_generation(batch, *args, **kwargs)
         strategy, context_tokens = self._choose(batch.reqs)
         start = self._mark()
         self._activate(strategy)
-        if not strategy.is_off:
-            self._read_unread(batch)
         self._verified: tuple[Any, Tensor] | None = None
-        result = super().forward_batch_generation(batch, *args, **kwargs)
+        if strategy.is_off:
+            result = self._plain.step(batch, kwargs.get("on_publish"))
+        else:
+            self._plain.read(batch)
+            result = super().forward_batch_generation(batch, *args, **kwargs)
         if self._session is not None:
             step = DecodeStep(
                 strategy=strategy,
@@ -221,14 +202,25 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         return result
 
     def _choose(self, requests: Sequence[Any]) -> tuple[DraftStrategy, int]:
+        """The strategy and the longest context; with several ranks, those of rank 0's session."""
         if self._group is None:
-            return self._session.choose(requests) if self._session else (OFF, 0)
-        choice = torch.zeros(2, dtype=torch.int64)
-        if self._session is not None:
+            if self._session is None:
+                return OFF, 0
             strategy, context_tokens = self._session.choose(requests)
-            choice[0], choice[1] = self._pool.strategies.index(strategy), context_tokens
-        dist.broadcast(choice, src=self._group.ranks[0], group=self._group.cpu_group)
-        return self._pool.strategies[int(choice[0])], int(choice[1])
+            is_over = self._session.is_over
+        else:
+            choice = torch.zeros(3, dtype=torch.int64)
+            if self._session is not None:
+                strategy, context_tokens = self._session.choose(requests)
+                choice[0], choice[1] = self._pool.strategies.index(strategy), context_tokens
+                choice[2] = self._session.is_over
+            dist.broadcast(choice, src=self._group.ranks[0], group=self._group.cpu_group)
+            strategy, context_tokens = self._pool.strategies[int(choice[0])], int(choice[1])
+            is_over = bool(choice[2])
+        if is_over:
+            for request in requests:  # they end by their length, on all ranks
+                request.sampling_params.max_new_tokens = 1
+        return strategy, context_tokens
 
     def _mark(self) -> Mark:
         return CudaMark() if self._is_cuda else HostMark()
@@ -272,98 +264,11 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
             accepted_BD=fetched(path_BD),
         )
 
-    # -- plain decoding, and what the drafter has not read ---------------------------------------
-
-    def _stub_skipped_draft_extend(self, batch: Any, batch_output: Any) -> None:
-        """After a plain step: keep what the drafter would have read, or let it read all of it."""
-        rows_B = batch.req_pool_indices
-        count_B = self._num_unread_R[rows_B]
-        self._unread_hidden_RWD[rows_B, count_B] = batch_output.logits_output.hidden_states
-        self._unread_token_RW[rows_B, count_B] = batch_output.next_token_ids.to(torch.int64)
-        self._num_unread_R[rows_B] = count_B + 1
-        most = 0
-        for request in batch.reqs:
-            count = self._num_unread.get(request.rid, 0) + 1
-            self._num_unread[request.rid] = count
-            most = max(most, count)
-        carried = batch_output.next_draft_input
-        if most >= self._most_unread:
-            self._catch_up(batch, carried, num_new=1)
-            return
-        num_rows, topk = len(rows_B), self._pool.topk
-        hidden_RWD = self._unread_hidden_RWD
-        carried.topk_p = torch.zeros((num_rows, topk), device=self.device)
-        carried.topk_index = torch.zeros((num_rows, topk), dtype=torch.int64, device=self.device)
-        carried.hidden_states = hidden_RWD.new_zeros((num_rows, hidden_RWD.shape[-1]))
-
-    def _read_unread(self, batch: Any) -> None:
-        """Before a tree: the drafter reads what it has not."""
-        if any(request.rid in self._num_unread for request in batch.reqs):
-            self._catch_up(batch, batch.spec_info, num_new=0)
-
-    def _catch_up(self, batch: Any, carried: EagleDraftInput, *, num_new: int) -> None:
-        """Let the drafter read what it has not, and `carried` hold what it drafts from there.
-
-        Rows read windows of the same width, that of the row with the most unread tokens. Where a
-        row has fewer, the rest of its window falls into cache that is reserved for drafts.
-
-        Args:
-            batch: of the step; changed by nothing here.
-            carried: handed on to the next step; rows that have nothing unread keep theirs.
-            num_new: tokens that the target has read beyond the batch's lengths.
-        """
-        counts = [self._num_unread.pop(request.rid, 0) for request in batch.reqs]
-        width = max(counts)
-        rows_B = batch.req_pool_indices
-        count_B = self._num_unread_R[rows_B]
-        self._num_unread_R[rows_B] = 0
-        start_B = batch.seq_lens + num_new - count_B
-        last_B = torch.arange(len(counts), device=self.device) * width + (count_B - 1).clamp(min=0)
-        view = copy.copy(batch)
-        view.seq_lens = start_B
-        view.seq_lens_sum = None
-        if batch.seq_lens_cpu is not None:
-            counts_cpu = torch.tensor(counts, dtype=batch.seq_lens_cpu.dtype)
-            view.seq_lens_cpu = batch.seq_lens_cpu + num_new - counts_cpu
-        places_BW = start_B[:, None] + torch.arange(width, device=self.device)
-        slots_BW = self.req_to_token_pool.req_to_token[rows_B[:, None], places_BW]
-        view.out_cache_loc = slots_BW.reshape(-1).to(torch.int64)
-        extend = EagleDraftExtendInput(
-            hidden_states=self._unread_hidden_RWD[rows_B, :width].flatten(0, 1),
-            num_correct_drafts=count_B - 1,
-            num_accept_tokens=count_B,
-            num_tokens_per_req=width,
-            num_tokens_for_logprob_per_req=width,
-            select_index=last_B,
-        )
-        with self._drafting():
-            runner = self._draft_worker.draft_runner
-            forward_batch = prepare_for_draft_extend(
-                extend,
-                view,
-                self._unread_token_RW[rows_B, :width].flatten(),
-                width,
-                runner,
-                None,  # graphs are of other widths
-                return_hidden_states_before_norm=False,
-            )
-            output = runner.forward(forward_batch).logits_output
-        probs_BV = renorm_draft_probs(output.next_token_logits, batch.sampling_info, False)
-        topk_p, topk_index = fast_topk(probs_BV, self._pool.topk, dim=-1)
-        hidden_BD = output.hidden_states[last_B]
-        if num_new == 0 and 0 in counts:
-            is_read_B1 = (count_B > 0)[:, None]
-            topk_p = torch.where(is_read_B1, topk_p, carried.topk_p)
-            topk_index = torch.where(is_read_B1, topk_index, carried.topk_index)
-            hidden_BD = torch.where(is_read_B1, hidden_BD, carried.hidden_states)
-        carried.topk_p, carried.topk_index = topk_p, topk_index
-        carried.hidden_states = hidden_BD
-
     # -- requests of the trainer ------------------------------------------------------------------
 
     def serve_begin(self, selector: StrategySelector | None, rehearsal: Rehearsal | None) -> None:
         """A `generate` call is next, whose steps the selector chooses, or a rehearsal."""
-        self._num_unread.clear()
+        self._plain.begin()
         if self._group is None or self._group.rank_in_group == 0:
             self._session = DecodeSession(selector or FixedStrategy("off"), rehearsal)
 
@@ -376,7 +281,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         return session.finish()
 
     def serve_graph_memory(self) -> dict[str, float]:
-        """GiB of the device's memory that each strategy's state took when it was built."""
+        """GiB of the device's memory; see `StateBuilder.gib_by_strategy`."""
         return dict(self._builder.gib_by_strategy)
 
 

@@ -18,9 +18,11 @@ class _ByDepth:
 
     def add(self, depth: int, num_accepted: Sequence[int]) -> None:
         self._deepest = max(self._deepest, depth)
-        for accepted in num_accepted:
-            self._offered.update(range(min(accepted + 1, depth)))
-            self._accepted.update(range(accepted))
+        for accepted, num_rows in Counter(num_accepted).items():
+            for reached in range(min(accepted + 1, depth)):
+                self._offered[reached] += num_rows
+            for reached in range(accepted):
+                self._accepted[reached] += num_rows
 
     @property
     def offered(self) -> tuple[int, ...]:

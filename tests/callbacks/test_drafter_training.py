@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,27 @@ def test_budget_publications_and_metrics_follow_the_schedule(drafter_path: str) 
     engine, _ = fit(small_callback(), drafter_path, 5, others=[recorded_metrics(names, into=rows)])
     assert rows == [[3, 0, 48], [3, 1, 96], [3, 1, 96], [3, 2, 96], [3, 2, 96]]
     assert [version for version, _ in engine.published] == [1, 2]
+
+
+def test_what_a_publication_takes_is_part_of_co_trainings_time(
+    drafter_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logged for the steps that published, 2 and 4."""
+    load = FakeEngine.load_drafter
+
+    def load_slowly(self: FakeEngine, *args: Any) -> None:
+        time.sleep(0.02)
+        load(self, *args)
+
+    monkeypatch.setattr(FakeEngine, "load_drafter", load_slowly)
+    logger = RecordingLogger(tmp_path)
+    rows: list[list[float]] = []
+    watch = recorded_metrics(["time/drafter"], into=rows)
+    fit(small_callback(), drafter_path, 5, others=[watch], logger=logger)
+    assert logged_at(logger, "time/publish_drafter") == [2, 4]
+    published = logged_rows(logger, ["time/publish_drafter"])
+    for (publication,), (co_training,) in zip(published, (rows[1], rows[3]), strict=True):
+        assert 0.02 <= publication < co_training
 
 
 def test_training_lowers_the_loss_of_a_policy_that_stands_still(

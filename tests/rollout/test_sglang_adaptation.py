@@ -4,20 +4,18 @@ The kernels are stand-ins (tests/sglang_cpu); what switches, reads and counts is
 """
 
 import itertools
+import time
 
 import pytest
 import torch
+from check_sglang import chi_square_p_value, joint_distribution
 
-from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.model_bandit import ModelBased
-from fastrl.types import DraftStrategy, SamplingParams, StepStats
-from tests.rollout.test_sglang_engine import (
-    GREEDY,
-    chi_square_p_value,
-    echoing_drafter,
-    joint_distribution,
-)
+from fastrl.rollout.sglang_rollouts import longest_sequence
+from fastrl.types import FinishReason, SamplingParams, StepStats
+from tests.rollout.test_sglang_engine import GREEDY, echoing_drafter
 from tests.rollout.tiny_models import make_prompts
 
 pytestmark = pytest.mark.sglang
@@ -26,30 +24,10 @@ LONG_GREEDY = SamplingParams(max_tokens=90, temperature=0, ignore_eos=True)
 POOL = ("3_1_4", "3_4_8", "5_2_12", "1_1_2")
 
 
-class InTurns:
-    """Every strategy of the pool and plain decoding, one after the other, and notes every step."""
-
-    def __init__(self, order=("off", *POOL)):
-        self.strategies = tuple(DraftStrategy.parse(text) for text in order)
-        self._next = itertools.cycle(self.strategies)
-
-    def select(self, batch_size, context_tokens, referenced_rows=0):
-        return next(self._next)
-
-    def record(self, stats: StepStats) -> None: ...
-
-    def exclude(self, strategies) -> None: ...
-
-    def cost_queries(self, max_batch_size, max_context):
-        return ()
-
-    def record_cost(self, query, seconds) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def switching(start_sglang, target_model):
     """SGLang prepared for the pool, with a drafter that is often right."""
-    engine = start_sglang(selector=InTurns(), hidden_states=True)
+    engine = start_sglang(selector=InTurns(("off", *POOL)), hidden_states=True)
     engine.load_policy(target_model.named_parameters(), version=0)
     engine.load_drafter(echoing_drafter(target_model).items(), version=0)
     return engine
@@ -57,7 +35,7 @@ def switching(start_sglang, target_model):
 
 def test_greedy_tokens_are_those_of_plain_decoding_while_switching_every_batch(switching, engine):
     prompts = make_prompts(6)
-    switching.strategy_selector = InTurns()
+    switching.strategy_selector = InTurns(("off", *POOL))
     rollouts = switching.generate(prompts, GREEDY)
     expected = engine.generate(prompts, GREEDY)
     assert [rollout.tokens for rollout in rollouts] == [rollout.tokens for rollout in expected]
@@ -111,7 +89,7 @@ def test_rows_that_join_and_leave_read_their_own(switching, engine, target_model
 
 def test_tokens_follow_the_target_distribution_while_switching(switching, target_model):
     switching.load_drafter(echoing_drafter(target_model).items(), version=0)
-    switching.strategy_selector = InTurns()
+    switching.strategy_selector = InTurns(("off", *POOL))
     sampling = SamplingParams(max_tokens=3, top_k=3, ignore_eos=True)
     (prompt,) = make_prompts(1)
     expected = joint_distribution(target_model, prompt.tokens, sampling)
@@ -159,6 +137,25 @@ def test_a_bandit_decides_in_sglang_and_comes_back_with_what_it_learned(switchin
     assert switching.stats().num_steps == len(bandit.journal) - journal  # nothing is timed twice
 
 
+def test_steps_of_the_largest_batch_are_timed_where_its_prompts_are_read_in_parts(
+    start_sglang, target_model
+):
+    """SGLang lets one of as many requests as it has rows wait, while another is read in parts."""
+    bandit = ModelBased(["3_1_4", "3_4_8"], seed=1)
+    bandit.journal = []
+    engine = start_sglang(
+        selector=bandit, max_batch_size=6, server_args={"chunked_prefill_size": 64}
+    )
+    engine.load_policy(target_model.named_parameters(), version=0)
+    engine.generate(make_prompts(2), SamplingParams(max_tokens=30, ignore_eos=True))
+    costs = [entry for entry in bandit.journal if not isinstance(entry, StepStats)]
+    context_tokens = {entry.query.context_tokens for entry in costs}
+    assert 6 * min(context_tokens) > 64  # else they are read in one
+    timed = {(str(entry.query.strategy), entry.query.batch_size) for entry in costs}
+    assert timed == set(itertools.product(("off", "3_1_4", "3_4_8"), (1, 4, 6)))
+    engine.close()
+
+
 def test_a_fixed_strategy_of_the_pool_may_take_over_and_no_other(switching):
     prompts = make_prompts(2)
     switching.strategy_selector = FixedStrategy("5_2_12")
@@ -169,8 +166,35 @@ def test_a_fixed_strategy_of_the_pool_may_take_over_and_no_other(switching):
         switching.generate(prompts, GREEDY)
 
 
+def test_a_wide_pool_keeps_to_its_rows_at_the_end_of_the_context(switching, target_model):
+    """What it reserves for the pool's trees is noted in rows that end with the context."""
+    switching.strategy_selector = InTurns(("off", *POOL))
+    prompts = make_prompts(2, shortest=90)
+    for _ in range(3):
+        first, second = switching.generate(prompts, LONG_GREEDY)
+        assert first.finish_reason == second.finish_reason == FinishReason.LENGTH
+        longest = longest_sequence(128, switching.strategy_selector.strategies)
+        assert len(first.prompt.tokens) + len(first.tokens) == longest
+        time.sleep(1.5)  # idle, SGLang counts its cache
+    assert all(
+        len(rollout.tokens) == 8
+        for rollout in switching.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
+    )
+
+
+def test_a_rejected_fixed_strategy_is_plain_decoding(switching, target_model):
+    switching.strategy_selector = FixedStrategy("3_4_8")
+    switching.load_drafter(echoing_drafter(target_model).items(), version=7)
+    switching.reject_drafter("stale, says the test")
+    (rollout,) = switching.generate(make_prompts(1), GREEDY)
+    assert switching.stats().steps_by_strategy == {"off": len(rollout.tokens) - 1}
+    switching.load_drafter(echoing_drafter(target_model).items(), version=8)
+    switching.generate(make_prompts(1), GREEDY)
+    assert set(switching.stats().steps_by_strategy) == {"3_4_8"}
+
+
 def test_hidden_states_are_those_of_a_plain_forward_while_switching(switching, target_model):
-    switching.strategy_selector = InTurns()
+    switching.strategy_selector = InTurns(("off", *POOL))
     for rollout in switching.generate(
         make_prompts(3), SamplingParams(max_tokens=30), return_hidden_states=True
     ):

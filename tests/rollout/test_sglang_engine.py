@@ -11,10 +11,10 @@ import time
 
 import pytest
 import torch
+from check_sglang import chi_square_p_value, joint_distribution
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.sglang_process import EngineError, living_members
 from fastrl.rollout.sglang_rollouts import longest_sequence
 from fastrl.types import FinishReason, SamplingParams
@@ -77,34 +77,6 @@ def test_tokens_follow_the_target_distribution(any_strategy, target_model):
         assert any_strategy.stats().accepted_by_depth[0] > 50  # else nothing was put to the test
 
 
-def joint_distribution(model, prompt, sampling) -> dict[tuple[int, ...], float]:
-    """Probabilities of all responses of sampling.max_tokens tokens."""
-    responses = {(): 1.0}
-    for _ in range(sampling.max_tokens):
-        longer = {}
-        for tokens, probability in responses.items():
-            with torch.no_grad():
-                logits = model(torch.tensor([(*prompt, *tokens)])).logits[0, -1]
-            probs = log_distribution(logits, sampling).exp()
-            for token in probs.nonzero().flatten().tolist():
-                longer[(*tokens, token)] = probability * float(probs[token])
-        responses = longer
-    return responses
-
-
-def chi_square_p_value(counts, expected, total) -> float:
-    """Of the counts under the expected probabilities; rare outcomes are taken together."""
-    common = [outcome for outcome, probability in expected.items() if probability * total >= 5]
-    observed = [counts[outcome] for outcome in common]
-    means = [expected[outcome] * total for outcome in common]
-    if (rest := total - sum(means)) >= 1:
-        observed.append(total - sum(observed))
-        means.append(rest)
-    statistic = sum((seen - mean) ** 2 / mean for seen, mean in zip(observed, means, strict=True))
-    half_degrees = torch.tensor((len(means) - 1) / 2)
-    return float(torch.special.gammaincc(half_degrees, torch.tensor(statistic / 2)))
-
-
 def test_hidden_states_are_those_of_a_plain_forward(any_strategy, target_model):
     sampling = SamplingParams(max_tokens=20)
     prompts = make_prompts(3)
@@ -144,6 +116,17 @@ def test_responses_end_before_the_context_does(any_strategy):
     (rollout,) = any_strategy.generate([prompt], LONG)
     assert rollout.finish_reason == FinishReason.LENGTH
     assert len(rollout.tokens) == longest_sequence(128, [strategy]) - 110
+
+
+def test_a_context_that_sglang_was_told_bounds_responses(start_sglang, target_model):
+    engine = start_sglang(server_args={"context_length": 64})
+    engine.load_policy(target_model.named_parameters(), version=0)
+    prompts = make_prompts(2, shortest=40)
+    rollouts = engine.generate(prompts, LONG)
+    assert [len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in rollouts] == [62, 62]
+    with pytest.raises(ValueError, match="prompt 0 has 70 tokens"):
+        engine.generate(make_prompts(1, shortest=70), LONG)
+    engine.close()
 
 
 # -- weights --------------------------------------------------------------------------------------

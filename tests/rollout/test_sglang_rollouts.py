@@ -192,9 +192,22 @@ def test_filters_that_sglang_applies_otherwise_are_refused(sampling):
         check_sampling(sampling)
 
 
-@pytest.mark.parametrize(("strategy", "longest"), [("off", 98), ("3_4_8", 88), ("3_1_4", 96)])
-def test_a_draft_tree_takes_room_of_the_context(strategy, longest):
-    assert longest_sequence(100, [DraftStrategy.parse(strategy)]) == longest
+@pytest.mark.parametrize(
+    ("strategies", "longest"),
+    [
+        (["off"], 98),
+        (["3_4_8"], 88),
+        (["3_1_4"], 96),
+        (["5_4_12"], 76),  # 40 are reserved a step, of which a row has 16 beyond the context
+        (["off", "8_1_9", "2_2_3"], 81),  # as wide as the one and as deep as the other: 16
+    ],
+)
+def test_a_draft_tree_takes_room_of_the_context(strategies, longest):
+    pool = [DraftStrategy.parse(text) for text in strategies]
+    assert longest_sequence(100, pool) == longest
+    reserved = max(max(s.topk for s in pool) * max(s.depth for s in pool), pool[0].verify_tokens)
+    row = 100 + 4 + max(one.verify_tokens for one in pool)
+    assert longest + 2 * reserved <= row or pool == [OFF]
 
 
 @pytest.mark.parametrize("num_tokens", [0, 100, 200])
@@ -208,3 +221,7 @@ def test_a_response_beyond_the_cache_is_refused():
     with pytest.raises(ValueError, match="may take 52 tokens, but SGLang's cache holds 53"):
         check_prompt(PROMPT, max_sequence=100, pool_tokens=53, max_tokens=50)
     check_prompt(PROMPT, max_sequence=100, pool_tokens=54, max_tokens=50)
+    tree = [OFF, DraftStrategy.parse("5_2_11")]
+    with pytest.raises(ValueError, match="52 tokens, and draft trees 22, but SGLang's cache"):
+        check_prompt(PROMPT, max_sequence=100, pool_tokens=75, max_tokens=50, strategies=tree)
+    check_prompt(PROMPT, max_sequence=100, pool_tokens=76, max_tokens=50, strategies=tree)

@@ -1,11 +1,11 @@
 """Decode sessions, by hand-made steps: what is learned, when, and how counts by rank come about."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.rollout.sglang_steps import (
     DecodeSession,
@@ -57,10 +57,13 @@ class Request:
         self.rid = rid
         self.origin_input_ids, self.output_ids = [0] * prompt, [0] * response
         self.is_over = False
-        self.sampling_params = SimpleNamespace(max_new_tokens=100)
 
     def finished(self):
         return self.is_over
+
+    @property
+    def output_ids_through_stop(self):
+        return self.output_ids
 
 
 def begin(session, requests, start, end, *, strategy=CHAIN, follows=True):
@@ -116,6 +119,8 @@ def test_a_response_that_has_ended_emits_nothing_more():
     session, rows = DecodeSession(selector := Noted()), [Request("a"), Request("b")]
     begin(session, rows, 1.0, 2.0)
     session.accept([3, 3])
+    for row in rows:
+        row.output_ids += [0] * 4
     rows[1].is_over = True
     begin(session, rows, 2.0, 3.0)
     session.accept([3, 3])
@@ -125,6 +130,32 @@ def test_a_response_that_has_ended_emits_nothing_more():
     assert [step.batch_size for step in selector.steps] == [2, 1]
     assert report.requests["b"].accept_lengths == [4]
     assert report.stats.row_steps == 3
+
+
+def test_tokens_after_a_responses_end_are_not_counted():
+    """Of four that the last step emitted, the response took two."""
+    Mark.now = 100.0
+    session, rows = DecodeSession(selector := Noted()), [Request("a"), Request("b")]
+    begin(session, rows, 1.0, 2.0)
+    session.accept([3, 3])
+    rows[0].output_ids += [0] * 2
+    rows[0].is_over = True
+    rows[1].output_ids += [0] * 4
+    report = session.finish()
+    assert selector.steps[0].accept_lengths == (2, 4)
+    assert report.requests["a"].accept_lengths == [2]
+    assert report.stats.accepted_tokens == 6
+    assert report.stats.accepted_by_depth == (2, 2, 2)  # the drafts were right all the same
+
+
+def test_a_stand_in_of_n_grams_is_plain_decoding():
+    """What an excluded FixedStrategy answers with: SGLang runs no n-gram trees."""
+    selector = FixedStrategy("3_1_4")
+    session = DecodeSession(selector)
+    assert session.choose([Request("a")])[0] == CHAIN
+    selector.exclude([CHAIN])
+    assert selector.select(1, 7).drafter == "ngram"
+    assert session.choose([Request("a")])[0] == OFF
 
 
 def test_results_of_other_rows_than_the_steps_are_refused():
@@ -146,12 +177,13 @@ def test_a_rehearsal_runs_each_strategy_in_turn_and_ends_the_rows():
     begin(session, rows[:1], 0.0, 0.5, strategy=chosen[0])
     session.accept([0])
     for number in range(7):
+        assert not session.is_over
         strategy, _ = session.choose(rows)
         chosen.append(strategy)
         begin(session, rows, number + 1.0, number + 1.5, strategy=strategy)
         session.accept([0, 0])
     assert chosen == [OFF, OFF, OFF, OFF, CHAIN, CHAIN, CHAIN, OFF]
-    assert {row.sampling_params.max_new_tokens for row in rows} == {1}
+    assert session.is_over
     report = session.finish()
     assert report.step_seconds == {"off": [1.0] * 3, "3_1_4": [1.0] * 3}
     assert selector.steps == selector.asked == []

@@ -1,0 +1,253 @@
+"""Plain decode steps inside SGLang's speculative worker, and what the drafter misses in them.
+
+A step without speculation is SGLang's own decode step, with its kernels, its sampler and CUDA
+graphs of its own, dressed as the result of a speculative step that accepted nothing. (SGLang's
+own way, the verification of a root alone, runs kernels made for many tokens a row: four times as
+slow at 256 rows of a 7B model.) As it adds one token to each row whatever happens, the next
+step's lengths are published before it runs, and the scheduler prepares the next step meanwhile.
+
+The drafter does not read along. The target's hidden states are kept, and read by it all at once
+when they fill their buffer, or when a tree is next. Leaves out which steps are plain ones.
+
+Shape legend: B rows of a batch, R rows of SGLang's request pool, W unread tokens, D width of the
+hidden states, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
+from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
+from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleDraftInput
+from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
+from sglang.srt.speculative.eagle_worker_common import prepare_for_draft_extend
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_utils import fast_topk, renorm_draft_probs
+from torch import Tensor
+
+from fastrl.rollout.sglang_pool import StrategyPool
+
+MOST_UNREAD_TOKENS = 16
+"""Tokens of a row that plain decoding leaves to the drafter to read at once, at most."""
+
+_READ_DONE = ("war_fastpath_read_done_event", "shared_read_done_event")
+"""Where SGLang's versions keep the event after which a forward reads no shared buffer any more."""
+
+
+class PlainDecodeGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
+    """CUDA graphs of decode steps that give the hidden states.
+
+    Args:
+        model_runner: of the target.
+        attn_backend: that the graphs run on, which is theirs alone.
+    """
+
+    def __init__(self, model_runner: Any, attn_backend: Any) -> None:
+        with _without_speculation(model_runner):
+            super().__init__(
+                model_runner,
+                attn_backend=attn_backend,
+                speculative_num_steps=0,
+                speculative_num_draft_tokens=1,
+            )
+
+    def capture_prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """As SGLang's, hidden states included, which the drafter reads."""
+        self.capture_hidden_mode = CaptureHiddenMode.FULL
+        return super().capture_prepare(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _without_speculation(model_runner: Any) -> Iterator[None]:
+    """SGLang captures decode graphs for a model that is not speculated for."""
+    algorithm = model_runner.spec_algorithm
+    model_runner.spec_algorithm = SpeculativeAlgorithm.NONE
+    try:
+        yield
+    finally:
+        model_runner.spec_algorithm = algorithm
+
+
+class PlainSteps:
+    """Runs plain steps, and lets the drafter catch up with them.
+
+    Args:
+        worker: a `SwitchingWorker`, in which `off` is in force for each plain step.
+        pool: what it switches between.
+    """
+
+    def __init__(self, worker: Any, pool: StrategyPool) -> None:
+        self._worker = worker
+        self._drafter = worker._draft_worker
+        self._target = worker._target_worker.model_runner
+        self._req_to_token_RT = worker.req_to_token_pool.req_to_token
+        self._device = worker.device
+        width, dtype = get_draft_recurrent_hidden_state_spec(self._drafter.draft_runner)
+        num_rows, row_width = self._req_to_token_RT.shape
+        self._reserved = max(pool.topk * pool.depth, pool.verify_tokens)
+        longest = self._target.model_config.context_len - self._reserved
+        self._most_unread = min(MOST_UNREAD_TOKENS, row_width - longest)
+        shape = (num_rows, self._most_unread)
+        self._hidden_RWD = torch.zeros((*shape, width), dtype=dtype, device=self._device)
+        self._token_RW = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        self._num_unread_R = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
+        self._num_unread: dict[str, int] = {}  # by request, those of none left out
+        # What a plain step hands on in place of drafts, in the shapes of a tree's step.
+        self._no_topk_p_1K = torch.zeros((1, pool.topk), device=self._device)
+        self._no_topk_index_1K = torch.zeros((1, pool.topk), dtype=torch.int64, device=self._device)
+        self._no_hidden_1D = torch.zeros((1, width), dtype=dtype, device=self._device)
+        self._ones_B = torch.ones(num_rows, dtype=torch.int32, device=self._device)
+
+    def begin(self) -> None:
+        """Another call: its requests are new."""
+        self._num_unread.clear()
+
+    def forget(self, batch: Any) -> None:
+        """The batch is prefilled, which the drafter reads."""
+        for request in batch.reqs:
+            self._num_unread.pop(request.rid, None)
+        self._num_unread_R.index_fill_(0, batch.req_pool_indices, 0)
+
+    # -- a step -----------------------------------------------------------------------------------
+
+    def step(self, batch: Any, on_publish: Callable[[Tensor], None] | None) -> Any:
+        """One token for each row of the batch, as SGLang's result of a speculative step.
+
+        Args:
+            batch: of the step; changed by nothing here.
+            on_publish: takes the rows' new lengths, for the next step to be prepared; None where
+                SGLang does not prepare it meanwhile.
+        """
+        new_lens_B = batch.seq_lens + 1
+        if on_publish is not None:
+            on_publish(new_lens_B)
+        rows_B = batch.req_pool_indices
+        view = copy.copy(batch)
+        view.forward_mode = ForwardMode.DECODE
+        view.spec_info = None
+        view.input_ids = batch.spec_info.bonus_tokens.to(torch.int64)
+        view.out_cache_loc = self._req_to_token_RT[rows_B, batch.seq_lens].to(torch.int64)
+        view.seq_lens = new_lens_B
+        view.seq_lens_sum = None
+        if batch.seq_lens_cpu is not None:
+            view.seq_lens_cpu = batch.seq_lens_cpu + 1
+        result = self._worker._target_worker.forward_batch_generation(
+            view, capture_hidden_mode=CaptureHiddenMode.FULL
+        )
+        output = result.logits_output
+        if output.next_token_logprobs is not None:
+            output.next_token_logprobs = output.next_token_logprobs.view(-1, 1)
+        carried = EagleDraftInput(bonus_tokens=result.next_token_ids.to(torch.int32))
+        result.accept_lens = self._ones_B[: len(rows_B)]
+        result.speculative_num_draft_tokens = 1
+        result.new_seq_lens = new_lens_B
+        result.next_draft_input = carried
+        result.extra_keep_alive_refs = [view]
+        self._keep(batch, result)
+        if batch.return_hidden_states:
+            # A graph's output, which the next step may overwrite while this one is fetched.
+            output.hidden_states = output.hidden_states.clone()
+        return result
+
+    def _keep(self, batch: Any, result: Any) -> None:
+        """What the drafter would have read, or let it read all of it."""
+        rows_B = batch.req_pool_indices
+        count_B = self._num_unread_R[rows_B]
+        self._hidden_RWD[rows_B, count_B] = result.logits_output.hidden_states
+        self._token_RW[rows_B, count_B] = result.next_token_ids.to(torch.int64)
+        self._num_unread_R[rows_B] = count_B + 1
+        most = 0
+        for request in batch.reqs:
+            count = self._num_unread.get(request.rid, 0) + 1
+            self._num_unread[request.rid] = count
+            most = max(most, count)
+        carried = result.next_draft_input
+        if most >= self._most_unread:
+            self._catch_up(batch, carried, num_new=1)
+            return
+        num_rows = len(rows_B)
+        carried.topk_p = self._no_topk_p_1K.expand(num_rows, -1)
+        carried.topk_index = self._no_topk_index_1K.expand(num_rows, -1)
+        carried.hidden_states = self._no_hidden_1D.expand(num_rows, -1)
+        self._release_shared_buffers()
+
+    def _release_shared_buffers(self) -> None:
+        """Let SGLang write the next step's inputs as soon as the target has read this one's; it
+        waits for the drafter, which in this step reads nothing."""
+        for name in _READ_DONE:
+            if (event := getattr(self._target, name, None)) is not None:
+                setattr(self._target, name, None)
+                setattr(self._drafter.draft_runner, name, event)
+
+    # -- what the drafter has not read ------------------------------------------------------------
+
+    def read(self, batch: Any) -> None:
+        """Before a tree: the drafter reads what it has not."""
+        if any(request.rid in self._num_unread for request in batch.reqs):
+            self._catch_up(batch, batch.spec_info, num_new=0)
+
+    def _catch_up(self, batch: Any, carried: EagleDraftInput, *, num_new: int) -> None:
+        """Let the drafter read what it has not, and `carried` hold what it drafts from there.
+
+        Rows read windows of the same width, that of the row with the most unread tokens. Where a
+        row has fewer, the rest of its window falls into cache that is reserved for drafts, all that
+        reaches beyond into the last place of it: nothing reads that.
+
+        Args:
+            batch: of the step; changed by nothing here.
+            carried: handed on to the next step; rows that have nothing unread keep theirs.
+            num_new: tokens that the target has read beyond the batch's lengths.
+        """
+        counts = [self._num_unread.pop(request.rid, 0) for request in batch.reqs]
+        width = max(counts)
+        rows_B = batch.req_pool_indices
+        count_B = self._num_unread_R[rows_B]
+        self._num_unread_R.index_fill_(0, rows_B, 0)
+        start_B = batch.seq_lens + num_new - count_B
+        last_B = torch.arange(len(counts), device=self._device) * width + (count_B - 1).clamp(min=0)
+        view = copy.copy(batch)
+        view.seq_lens = start_B
+        view.seq_lens_sum = None
+        if batch.seq_lens_cpu is not None:
+            counts_cpu = torch.tensor(counts, dtype=batch.seq_lens_cpu.dtype)
+            view.seq_lens_cpu = batch.seq_lens_cpu + num_new - counts_cpu
+        places_BW = start_B[:, None] + torch.arange(width, device=self._device)
+        places_BW = places_BW.minimum((batch.seq_lens + self._reserved - 1)[:, None])
+        slots_BW = self._req_to_token_RT[rows_B[:, None], places_BW]
+        view.out_cache_loc = slots_BW.reshape(-1).to(torch.int64)
+        extend = EagleDraftExtendInput(
+            hidden_states=self._hidden_RWD[rows_B, :width].flatten(0, 1),
+            num_correct_drafts=count_B - 1,
+            num_accept_tokens=count_B,
+            num_tokens_per_req=width,
+            num_tokens_for_logprob_per_req=width,
+            select_index=last_B,
+        )
+        extend.positions = places_BW.flatten()
+        with self._worker.drafting():
+            runner = self._drafter.draft_runner
+            forward_batch = prepare_for_draft_extend(
+                extend,
+                view,
+                self._token_RW[rows_B, :width].flatten(),
+                width,
+                runner,
+                None,  # graphs are of other widths
+                return_hidden_states_before_norm=False,
+            )
+            output = runner.forward(forward_batch).logits_output
+        probs_BV = renorm_draft_probs(output.next_token_logits, batch.sampling_info, False)
+        topk_p, topk_index = fast_topk(probs_BV, self._no_topk_p_1K.shape[1], dim=-1)
+        hidden_BD = output.hidden_states[last_B]
+        if num_new == 0 and 0 in counts:
+            is_read_B1 = (count_B > 0)[:, None]
+            topk_p = torch.where(is_read_B1, topk_p, carried.topk_p)
+            topk_index = torch.where(is_read_B1, topk_index, carried.topk_index)
+            hidden_BD = torch.where(is_read_B1, hidden_BD, carried.hidden_states)
+        carried.topk_p, carried.topk_index = topk_p, topk_index
+        carried.hidden_states = hidden_BD
