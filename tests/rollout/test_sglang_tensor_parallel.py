@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.bandit_base import Bandit
 from fastrl.rollout.model_bandit import ModelBased
 from fastrl.rollout.sglang_engine import SGLangEngine
@@ -20,7 +20,7 @@ from fastrl.rollout.weight_check import WeightCheck
 from fastrl.types import Rollout, SamplingParams, StepStats
 from tests.rollout.ranks import run_ranks
 from tests.rollout.sglang_options import sglang_options
-from tests.rollout.test_sglang_adaptation import POOL, InTurns
+from tests.rollout.test_sglang_adaptation import POOL
 from tests.rollout.test_sglang_engine import echoing_drafter
 from tests.rollout.test_sglang_health import overwrite, zeroed
 from tests.rollout.test_sglang_ranks import prompts_of
@@ -50,7 +50,7 @@ def test_two_ranks_of_sglang_switch_every_batch_and_answer_as_one(
     start_sglang, engine, target_model
 ) -> None:
     """Rank 0 decides; a rank that ran another strategy would hang, or compute other tokens."""
-    shared = start_sglang(tp_size=2, selector=InTurns(), max_batch_size=4)
+    shared = start_sglang(tp_size=2, selector=InTurns(("off", *POOL)), max_batch_size=4)
     shared.load_policy(target_model.named_parameters(), version=0)
     drafter = echoing_drafter(target_model)
     shared.load_drafter(drafter.items(), version=0)
