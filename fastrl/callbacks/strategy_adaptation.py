@@ -4,7 +4,8 @@ After each RL step the ranks exchange what their steps showed and learn it in th
 that all hold the same beliefs; acceptance seen under an older policy or drafter is forgotten in
 part; the step's choices are logged, with what they gained over plain decoding by measurement, and
 drawn at each validation; a checkpoint holds the bandit. Between RL steps each rank goes on learning
-from its own steps, validation's included. Figures are rank 0's.
+from its engine's steps, validation's included; of ranks that share an engine, the first brings them
+to the exchange. Figures are rank 0's.
 
 Leaves out how a strategy is chosen (fastrl/rollout/bandit.py).
 """

@@ -3,7 +3,7 @@
 An algorithm is a subclass that says what its advantages are and what a token's loss is (grpo.py,
 reinforce.py; docs/new_algorithm.md). Here is what they share: loading, mini-batches and epochs,
 token-budgeted micro-batches, KL to a reference and entropy, manual optimization, logging,
-validation. Leaves out critics and sharding. Shape legend: fastrl/types.py.
+validation. Leaves out critics, and how weights are sharded. Shape legend: fastrl/types.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fastrl.modules.micro_batches import (
     MiniBatch,
     TrainingRows,
     check_trainable,
+    split_further,
     split_micro_batches,
     split_mini_batches,
     training_rows,
@@ -39,6 +40,7 @@ from fastrl.modules.micro_batches import (
 from fastrl.modules.objectives import Aggregation, KLEstimator, LossInputs, kl_estimate
 from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count_rl_steps
 from fastrl.modules.pass_at_k import mean_pass_at_k
+from fastrl.modules.sharding import as_forward, most_of_any_rank
 from fastrl.modules.update_metrics import UpdateMetrics
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
 
@@ -208,10 +210,7 @@ class PolicyModule(LightningModule, ABC):
         check_trainable(batch, self.policy_version)
         self._features = {}
         lengths = batch.attention_mask_BT.sum(1).tolist()
-        mini_batches = [
-            split_micro_batches(rows, lengths, self.micro_batch_tokens)
-            for rows in split_mini_batches(len(batch), self.num_mini_batches)
-        ]
+        mini_batches = self._split(len(batch), lengths)
         rows = self._prepare(batch, lengths, mini_batches)
         metrics = UpdateMetrics()
         self.is_updating = True
@@ -225,6 +224,18 @@ class PolicyModule(LightningModule, ABC):
         self.policy_version += 1
         self.is_updating = False
         self._log_step(batch, {**metrics.result(), "lr": lr}, started_s)
+
+    def _split(self, num_rows: int, lengths: Sequence[int]) -> list[MiniBatch]:
+        """Of a sharded policy all ranks get as many micro-batches."""
+        mini_batches = [
+            split_micro_batches(rows, lengths, self.micro_batch_tokens)
+            for rows in split_mini_batches(num_rows, self.num_mini_batches)
+        ]
+        numbers = most_of_any_rank(self.policy, [len(one) for one in mini_batches])
+        return [
+            split_further(micro_batches, number)
+            for micro_batches, number in zip(mini_batches, numbers, strict=True)
+        ]
 
     def _prepare(
         self, batch: RolloutBatch, lengths: Sequence[int], mini_batches: Sequence[MiniBatch]
@@ -426,14 +437,18 @@ def _forward(
 
     No attention mask: rows are padded on the right, where causal attention never looks.
     """
-    hidden_BTD = model.base_model(input_ids=micro.tokens_BT, use_cache=False).last_hidden_state
-    logprobs_BT, entropy_BT = response_logprobs(
-        hidden_BTD,
-        micro.tokens_BT,
-        micro.response_mask_BT,
-        model.get_output_embeddings(),  # type: ignore[no-untyped-call]
-        sampling,
-        vocab_size=model.config.vocab_size,
-        has_entropy_gradient=has_entropy_gradient,
-    )
-    return logprobs_BT, entropy_BT, hidden_BTD
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        hidden_BTD = model.base_model(input_ids=micro.tokens_BT, use_cache=False).last_hidden_state
+        logprobs_BT, entropy_BT = response_logprobs(
+            hidden_BTD,
+            micro.tokens_BT,
+            micro.response_mask_BT,
+            model.get_output_embeddings(),  # type: ignore[no-untyped-call]
+            sampling,
+            vocab_size=model.config.vocab_size,
+            has_entropy_gradient=has_entropy_gradient,
+        )
+        return logprobs_BT, entropy_BT, hidden_BTD
+
+    return as_forward(model, forward)

@@ -127,6 +127,25 @@ def split_micro_batches(
     return micro_batches
 
 
+def split_further(micro_batches: Sequence[list[int]], number: int) -> list[list[int]]:
+    """As many micro-batches of the same rows, those with the most rows halved.
+
+    Raises ValueError where there are fewer rows.
+    """
+    result = list(micro_batches)
+    while len(result) < number:
+        place = max(range(len(result)), key=lambda place: len(result[place]))
+        largest = result[place]
+        if len(largest) < 2:
+            raise ValueError(
+                f"another rank splits its rows into {number} micro-batches, but this one has "
+                f"{len(result)} rows; give all ranks as many rows, or raise micro_batch_tokens"
+            )
+        middle = len(largest) // 2
+        result[place : place + 1] = [largest[:middle], largest[middle:]]
+    return result
+
+
 def check_trainable(batch: RolloutBatch, policy_version: int) -> None:
     """Raise ValueError unless the batch is on-policy, sampled (not greedy), right-padded."""
     versions = batch.policy_version_B.unique().tolist()  # type: ignore[no-untyped-call]

@@ -17,6 +17,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastrl.modules.sharding import whole_value
+
 
 # No slots: jsonargparse reads the fields of a default value from its __dict__.
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ def clip_gradients(
         FloatingPointError: the loss or a gradient is not finite; weights are untouched then.
     """
     parameters = [p for p in module.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole_value(get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not torch.isfinite(norm + loss):
         raise FloatingPointError(
             f"RL step {rl_step}: loss {loss.item():g}, gradient norm {norm.item():g}; "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.end_of_sequence import eos_token_ids
@@ -62,8 +62,8 @@ class _Files:
 
     request: StartRequest
     config: PretrainedConfig
-    model: Callable[[int], ModelInfo]
-    """By the tokens that the cache holds."""
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
     drafter: EagleDrafter | None
     server_args: Mapping[str, Any]
 
@@ -104,7 +104,14 @@ def start_engine(
         process=process,
         weights=weights,
         pool=pool,
-        model=files.model(engine.pool_tokens),
+        model=ModelInfo(
+            config=files.config,
+            tokenizer=files.tokenizer,
+            eos_token_ids=files.eos_token_ids,
+            strategies=files.request.strategies if pool is None else tuple(pool.strategies),
+            pool_tokens=engine.pool_tokens,
+            context_length=files.server_args.get("context_length"),
+        ),
         drafter=files.drafter,
     )
 
@@ -121,24 +128,13 @@ def _read(request: StartRequest, options: SGLangOptions) -> _Files:
     drafter = None
     if request.drafter_path is not None and request.speculates:
         drafter = EagleDrafter.from_pretrained(request.drafter_path, config)
-
-    def model(pool_tokens: int) -> ModelInfo:
-        return ModelInfo(
-            config=config,
-            tokenizer=tokenizer,
-            eos_token_ids=eos_token_ids(path, config, tokenizer),
-            strategies=request.strategies if pool is None else tuple(pool.strategies),
-            pool_tokens=pool_tokens,
-            context_length=server_args.get("context_length"),
-        )
-
-    server_args = options.server_arguments(path, request.drafter_path, request.strategies, pool)
     return _Files(
         request=request,
         config=config,
-        model=model,
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids(path, config, tokenizer),
         drafter=drafter,
-        server_args=server_args,
+        server_args=options.server_arguments(path, request.drafter_path, request.strategies, pool),
     )
 
 

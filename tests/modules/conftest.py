@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,36 +51,37 @@ def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
     )
 
 
+def padded_batch(
+    rows: Sequence[Row],
+    rewards: Sequence[float],
+    groups: Sequence[int],
+    version: int = 0,
+    sampling: SamplingParams | None = None,
+    rollout_logprobs: Sequence[Sequence[float]] | None = None,
+) -> RolloutBatch:
+    """Of (prompt, response) pairs."""
+    given = rollout_logprobs or [[-1.0] * len(response) for _, response in rows]
+    return RolloutBatch(
+        tokens_BT=_pad([[*prompt, *response] for prompt, response in rows], torch.int64),
+        attention_mask_BT=_pad([[1] * (len(p) + len(r)) for p, r in rows], torch.bool),
+        response_mask_BT=_pad([[0] * len(p) + [1] * len(r) for p, r in rows], torch.bool),
+        rollout_logprobs_BT=_pad(
+            [[0.0] * len(p) + list(lp) for (p, _), lp in zip(rows, given, strict=True)],
+            torch.float32,
+        ),
+        rewards_B=torch.tensor(rewards, dtype=torch.float32),
+        group_B=torch.tensor(groups),
+        is_truncated_B=torch.zeros(len(rows), dtype=torch.bool),
+        policy_version_B=torch.full((len(rows),), version),
+        sampling=sampling or SamplingParams(max_tokens=16),
+        rl_step=version,
+    )
+
+
 @pytest.fixture
 def make_batch() -> MakeBatch:
     """Builds a RolloutBatch from (prompt, response) pairs."""
-
-    def make(
-        rows: Sequence[Row],
-        rewards: Sequence[float],
-        groups: Sequence[int],
-        version: int = 0,
-        sampling: SamplingParams | None = None,
-        rollout_logprobs: Sequence[Sequence[float]] | None = None,
-    ) -> RolloutBatch:
-        given = rollout_logprobs or [[-1.0] * len(response) for _, response in rows]
-        return RolloutBatch(
-            tokens_BT=_pad([[*prompt, *response] for prompt, response in rows], torch.int64),
-            attention_mask_BT=_pad([[1] * (len(p) + len(r)) for p, r in rows], torch.bool),
-            response_mask_BT=_pad([[0] * len(p) + [1] * len(r) for p, r in rows], torch.bool),
-            rollout_logprobs_BT=_pad(
-                [[0.0] * len(p) + list(lp) for (p, _), lp in zip(rows, given, strict=True)],
-                torch.float32,
-            ),
-            rewards_B=torch.tensor(rewards, dtype=torch.float32),
-            group_B=torch.tensor(groups),
-            is_truncated_B=torch.zeros(len(rows), dtype=torch.bool),
-            policy_version_B=torch.full((len(rows),), version),
-            sampling=sampling or SamplingParams(max_tokens=16),
-            rl_step=version,
-        )
-
-    return make
+    return padded_batch
 
 
 ROWS: list[Row] = [
@@ -123,33 +125,39 @@ class _Batches(LightningDataModule):
         return batch.to(device)
 
 
+def fit_batches(
+    module: LightningModule,
+    folder: Path,
+    train: Sequence[RolloutBatch] = (),
+    held_out: Sequence[RolloutBatch] = (),
+    verb: str = "fit",
+    ckpt_path: str | None = None,
+    **kwargs: object,
+) -> Trainer:
+    """Runs `Trainer.fit` (or another verb) over batches; returns the trainer."""
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "limit_val_batches": len(held_out),
+        "max_epochs": 1,
+        "default_root_dir": folder,
+    }
+    trainer = Trainer(**(defaults | kwargs))  # type: ignore[arg-type]
+    data = _Batches(train, held_out)
+    getattr(trainer, verb)(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
 @pytest.fixture
 def fit(tmp_path: Path) -> Fit:
-    """Runs `Trainer.fit` (or another verb) over batches; returns the trainer."""
+    """`fit_batches` in a temporary folder."""
 
-    def run(
-        module: LightningModule,
-        train: Sequence[RolloutBatch] = (),
-        held_out: Sequence[RolloutBatch] = (),
-        verb: str = "fit",
-        ckpt_path: str | None = None,
-        **kwargs: object,
-    ) -> Trainer:
-        defaults = {
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "limit_val_batches": len(held_out),
-            "max_epochs": 1,
-            "default_root_dir": tmp_path,
-        }
-        trainer = Trainer(**(defaults | kwargs))  # type: ignore[arg-type]
-        data = _Batches(train, held_out)
-        getattr(trainer, verb)(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        return trainer
+    def run(module: LightningModule, *args: Any, **kwargs: Any) -> Trainer:
+        return fit_batches(module, tmp_path, *args, **kwargs)
 
     return run

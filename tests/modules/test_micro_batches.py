@@ -5,7 +5,12 @@ import random
 import pytest
 import torch
 
-from fastrl.modules.micro_batches import TrainingRows, split_micro_batches, split_mini_batches
+from fastrl.modules.micro_batches import (
+    TrainingRows,
+    split_further,
+    split_micro_batches,
+    split_mini_batches,
+)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -24,6 +29,14 @@ def test_micro_batches_cover_each_row_once_within_the_budget(seed: int) -> None:
 def test_micro_batches_by_hand() -> None:
     # 50 alone is over the budget; 20 * 2 = 40; a third row of 20 would be 60.
     assert split_micro_batches([0, 1, 2, 3, 4], [20, 50, 3, 18, 20], 40) == [[1], [0, 4], [3, 2]]
+
+
+def test_micro_batches_are_halved_until_there_are_as_many_as_on_another_rank() -> None:
+    assert split_further([[4, 1], [0, 2, 3]], 2) == [[4, 1], [0, 2, 3]]
+    assert split_further([[4, 1], [0, 2, 3]], 4) == [[4], [1], [0], [2, 3]]
+    assert split_further([[4, 1], [0, 2, 3]], 5) == [[4], [1], [0], [2], [3]]
+    with pytest.raises(ValueError, match="into 6 micro-batches, but this one has 5 rows"):
+        split_further([[4, 1], [0, 2, 3]], 6)
 
 
 def test_mini_batches_are_consecutive_and_even() -> None:

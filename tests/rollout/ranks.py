@@ -88,6 +88,7 @@ def raised(work: Callable[[], object]) -> tuple[str, str]:
 
 def main(module: str, name: str, folder: str) -> None:
     """One rank."""
+    sys.path.append(str(_ROOT / "scripts"))  # as pytest's pythonpath has it
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     arguments = pickle.loads((Path(folder) / "arguments").read_bytes())

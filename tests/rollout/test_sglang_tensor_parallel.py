@@ -4,22 +4,23 @@ processes that share them learn, and are told, the same.
 The processes are real, the kernels are stand-ins (tests/sglang_cpu); SGLang's ranks talk over gloo.
 """
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from fastrl.callbacks.strategy_adaptation import StrategyAdaptation
-from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit import FixedStrategy, InTurns
+from fastrl.rollout.bandit_base import Bandit
 from fastrl.rollout.model_bandit import ModelBased
 from fastrl.rollout.sglang_engine import SGLangEngine
 from fastrl.rollout.weight_check import WeightCheck
 from fastrl.types import Rollout, SamplingParams, StepStats
 from tests.rollout.ranks import run_ranks
 from tests.rollout.sglang_options import sglang_options
-from tests.rollout.test_sglang_adaptation import POOL, InTurns
+from tests.rollout.test_sglang_adaptation import POOL
 from tests.rollout.test_sglang_engine import echoing_drafter
 from tests.rollout.test_sglang_health import overwrite, zeroed
 from tests.rollout.test_sglang_ranks import prompts_of
@@ -33,7 +34,8 @@ TREES = ["3_1_4", "3_4_8"]
 
 
 @pytest.fixture(autouse=True)
-def _one_core_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_core_a_rank(start_sglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the environment that `start_sglang` sets, which trainers' processes inherit."""
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
 
 
@@ -48,7 +50,7 @@ def test_two_ranks_of_sglang_switch_every_batch_and_answer_as_one(
     start_sglang, engine, target_model
 ) -> None:
     """Rank 0 decides; a rank that ran another strategy would hang, or compute other tokens."""
-    shared = start_sglang(tp_size=2, selector=InTurns(), max_batch_size=4)
+    shared = start_sglang(tp_size=2, selector=InTurns(("off", *POOL)), max_batch_size=4)
     shared.load_policy(target_model.named_parameters(), version=0)
     drafter = echoing_drafter(target_model)
     shared.load_drafter(drafter.items(), version=0)
@@ -99,8 +101,7 @@ def adapt_together(folder: str, drafter_folder: str) -> dict[str, Any]:
     """Each rank has a bandit that would choose otherwise than the other's."""
     rank = dist.get_rank()
     engine = SGLangEngine(**sglang_options(drafter_folder, tp_size=2, max_batch_size=8))
-    callback = StrategyAdaptation(bandit := ModelBased(TREES, seed=rank))
-    engine.strategy_selector = bandit
+    engine.strategy_selector = bandit = ModelBased(TREES, seed=rank)
     engine.start(folder)
     policy = sharded(folder, "fsdp2")
     drafter = echoing_drafter(sharded(folder, "whole"))
@@ -112,17 +113,15 @@ def adapt_together(folder: str, drafter_folder: str) -> dict[str, Any]:
         "gap": check.check_policy(engine, policy, policy.named_parameters),
     }
 
-    callback._remember_shared()  # as at the start of a training
-    shared_state = callback._shared_state
+    before, bandit.journal = bandit.state_dict(), []  # as StrategyAdaptation does
+    result["before"] = before
     result["calls"] = [Recorded(engine), Recorded(engine)]
     result["state"] = bandit.state_dict()
-    result["journal"] = list(bandit.journal or ())
+    result["journal"] = bandit.journal
     result["unanswered"] = list(bandit.cost_queries(8, 60))
-    callback._learn_from_all(shared_state)  # as at the end of an RL step
-    result["learned"] = bandit.state_dict()
-    result["expected"] = replayed(shared_state, result["journal"]) if rank == 0 else None
+    result["learned"] = learned_from_all(bandit, before)
 
-    engine.strategy_selector = InTurns()
+    engine.strategy_selector = InTurns(("off", *TREES))
     result["in turns"] = Recorded(engine)
 
     engine.strategy_selector = bandit
@@ -138,17 +137,26 @@ def adapt_together(folder: str, drafter_folder: str) -> dict[str, Any]:
     return result
 
 
-def replayed(state: Any, journal: list[Any]) -> dict[str, Any]:
-    """Of a bandit that learns every entry once."""
-    bandit = ModelBased(TREES)
-    bandit.load_state_dict(state)
-    for entry in journal:
+def learned_from_all(bandit: Bandit, before: dict[str, Any]) -> dict[str, Any]:
+    """What all believe once they have exchanged journals: back to where they were, then every
+    entry of every rank."""
+    journals: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(journals, bandit.journal)
+    return replayed(bandit, before, itertools.chain(*journals))
+
+
+def replayed(bandit: Bandit, before: dict[str, Any], entries: Iterable[Any]) -> dict[str, Any]:
+    """State of a bandit that was as before, and learned the entries."""
+    bandit.journal = None
+    bandit.load_state_dict(before)
+    for entry in entries:
         bandit.replay(entry)
     return bandit.state_dict()
 
 
 def beliefs(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name != "period"}
+    """All but this period's figures, and the random generator, which each rank seeded otherwise."""
+    return {name: value for name, value in state.items() if name not in ("period", "rng")}
 
 
 def test_ranks_that_share_an_engine_share_what_a_bandit_learns_there(
@@ -163,7 +171,7 @@ def test_ranks_that_share_an_engine_share_what_a_bandit_learns_there(
             assert [sum(lengths) for lengths in call.lengths] == [39] * len(tokens)
             assert call.stats.num_rollouts == len(tokens)
             assert call.stats.row_steps == call.num_verify_steps  # its own prompts' alone
-        assert set(result["in turns"].stats.steps_by_strategy) == {"off", *POOL}
+        assert set(result["in turns"].stats.steps_by_strategy) == {"off", *TREES}
         assert result["in turns"].stats.accept_length > 1.1  # else nothing was put to the test
 
         assert result["failure"] is None
@@ -186,7 +194,8 @@ def test_ranks_that_share_an_engine_share_what_a_bandit_learns_there(
     assert len(steps) == sum(call.stats.num_steps for call in first["calls"])
     assert len(costs) == len(set(costs)) == 3 * 3  # three arms at 1, 4 and 8 rows, once
     assert beliefs(first["learned"]) == beliefs(second["learned"])
-    assert beliefs(first["learned"]) == beliefs(first["expected"])
+    once = replayed(ModelBased(TREES), first["before"], first["journal"])
+    assert beliefs(first["learned"]) == beliefs(once)
 
 
 def reject_together(folder: str, drafter_folder: str) -> dict[str, Any]:

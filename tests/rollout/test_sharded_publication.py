@@ -111,8 +111,8 @@ def sharded(folder: str, how: str) -> PreTrainedModel:
     return model
 
 
-def num_sharded(model: PreTrainedModel) -> int:
-    return sum(isinstance(one, DTensor) for one in model.parameters())
+def sharded_names(model: PreTrainedModel) -> set[str]:
+    return {name for name, one in model.named_parameters() if isinstance(one, DTensor)}
 
 
 def change(model: PreTrainedModel) -> None:
@@ -131,7 +131,7 @@ def serve(folder: str, how: str, dtype: str) -> dict[str, object]:
     policy = sharded(folder, how)
     engine = TorchEngine(dtype=dtype, device="cpu")
     engine.start(folder)
-    result: dict[str, object] = {"num_sharded": num_sharded(policy), "tokens": [], "weights": []}
+    result: dict[str, object] = {"sharded": sharded_names(policy), "tokens": [], "weights": []}
     for version in range(2):
         with torch.inference_mode(version == 0), LiveBytes() as memory:
             engine.load_policy(policy.named_parameters(), version)
@@ -141,7 +141,9 @@ def serve(folder: str, how: str, dtype: str) -> dict[str, object]:
         result["tokens"].append([rollout.tokens for rollout in rollouts])
         served = dict(engine._loaded.target._model.named_parameters())
         result["weights"].append({name: one.detach().clone() for name, one in served.items()})
+        result["same"] = engine.compare_policy(policy.named_parameters())
         change(policy)
+    result["changed"] = {one.name for one in engine.compare_policy(policy.named_parameters())}
     result["num_bytes"] = sum(one.nbytes for one in served.values())
     result["largest"] = max(one.nbytes for one in served.values())
     return result
@@ -160,11 +162,13 @@ def test_a_sharded_policy_is_served_as_a_whole_one(
     folder: str, tmp_path: Path, how: str, dtype: str
 ) -> None:
     expected = serve(folder, "whole", dtype)
-    assert expected["num_sharded"] == 0
+    assert expected["sharded"] == set()
     for rank in run_ranks(serve, tmp_path, folder, how, dtype):
-        assert rank["num_sharded"] > 20
+        assert len(rank["sharded"]) > 20
         assert rank["tokens"] == expected["tokens"]
         assert rank["tokens"][0] != rank["tokens"][1]
+        assert rank["same"] == []
+        assert rank["changed"] >= rank["sharded"]  # others are shared where they are float32
         for served, wanted in zip(rank["weights"], expected["weights"], strict=True):
             assert served.keys() == wanted.keys()
             for name, tensor in wanted.items():
