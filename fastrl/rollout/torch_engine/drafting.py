@@ -128,6 +128,10 @@ class EagleDrafting:
         """Whether the last draft was made of numbers; waits for the device."""
         return bool(self._last_hidden_BD.isfinite().all())
 
+    def drop_non_numbers(self) -> None:
+        """Forget what a drafter that had none has left in the cache."""
+        self._cache.drop_non_numbers()
+
     def release(self) -> None:
         """Give back the cache's memory."""
         self._cache.release()

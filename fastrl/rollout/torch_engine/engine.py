@@ -153,6 +153,7 @@ class TorchEngine:
         events = self._events
         self._events = dataclasses.replace(events, drafter_loads=events.drafter_loads + 1)
         if self._health.failure is not None:
+            drafting.drop_non_numbers()
             self.strategy_selector.exclude([])
         self._health.start(f"drafter version {version}", drafter.named_weights())
         self._note_failure()

@@ -86,6 +86,12 @@ class KVCache:
         empty = self._storage.new_empty(self.num_layers, 2, self.num_rows, 0, *self._entry_shape)
         self._set_entries(empty)
 
+    @torch.inference_mode()
+    def drop_non_numbers(self) -> None:
+        """Put zeros for entries that are not finite: attention that leaves them out weighs them by
+        zero, which leaves what is not a number what it is."""
+        self._storage.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
     def write(self, layer: int, places: Tensor, keys_BHTd: Tensor, values_BHTd: Tensor) -> None:
         """Store new entries at flat places [B * T]."""
         keys, values = self._flat[layer]

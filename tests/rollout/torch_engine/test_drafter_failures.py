@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy
+from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy, InTurns
 from fastrl.rollout.drafter_health import DrafterHealth
 from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.types import SamplingParams
@@ -90,6 +90,24 @@ def test_a_bad_draft_is_not_held_against_the_next_drafter(engine, drafter):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(engine)
+
+
+def test_what_a_drafter_of_no_numbers_left_in_the_cache_is_not_held_against_the_next(
+    engine, drafter
+):
+    """It reads prompts while it is left out, and longer ones than those of the next call."""
+    weights = {name: tensor.clone() for name, tensor in drafter.named_weights()}
+    spoil(drafter)
+    with pytest.warns(UserWarning, match="not finite"):
+        engine.load_drafter(drafter.named_weights(), version=1)
+    engine.strategy_selector = order = InTurns(["off", "off", "off", "3_3_10"])
+    engine.generate(make_prompts(3, shortest=60), SAMPLING, num_samples=2)
+    engine.load_drafter(weights.items(), version=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(engine)
+    assert strategies_of(engine) == set(map(str, order.strategies))
+    assert engine.stats().accepted_by_depth[0] > 0
 
 
 def test_a_drafter_that_nothing_is_accepted_of_gives_way_within_its_window(engine):
