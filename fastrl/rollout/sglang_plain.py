@@ -32,15 +32,13 @@ from sglang.srt.speculative.spec_utils import fast_topk, renorm_draft_probs
 from torch import Tensor
 
 from fastrl.rollout.sglang_pool import StrategyPool
+from fastrl.rollout.sglang_versions import move_read_done
 
 MOST_UNREAD_TOKENS = 32
 """Tokens of a row that plain decoding leaves to the drafter to read at once, at most."""
 
 _PREFILL_TOKENS = 8192
 """What SGLang prefills at once where it was told no limit."""
-
-_READ_DONE = ("war_fastpath_read_done_event", "shared_read_done_event")
-"""Where SGLang's versions keep the event after which a forward reads no shared buffer any more."""
 
 
 class PlainDecodeGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
@@ -143,7 +141,7 @@ class PlainSteps:
         view.seq_lens_sum = None
         if batch.seq_lens_cpu is not None:
             view.seq_lens_cpu = batch.seq_lens_cpu + 1
-        self._take_read_done()  # of an earlier forward, should it be there
+        move_read_done(self._target)  # of an earlier forward, should it be there
         result = self._worker._target_worker.forward_batch_generation(
             view, capture_hidden_mode=CaptureHiddenMode.FULL
         )
@@ -180,23 +178,10 @@ class PlainSteps:
         carried.topk_index = self._no_topk_index_1K.expand(num_rows, -1)
         carried.hidden_states = self._no_hidden_1D.expand(num_rows, -1)
         if most < min(self._width, max(2, self._tokens_at_once // num_rows)):
-            self._release_shared_buffers()
+            # It waits for the drafter, which in this step reads nothing.
+            move_read_done(self._target, to=self._drafter.draft_runner)
         else:
             self._read_all_but_last(batch)
-
-    def _release_shared_buffers(self) -> None:
-        """Let SGLang write the next step's inputs as soon as the target has read this one's; it
-        waits for the drafter, which in this step reads nothing."""
-        for name, event in self._take_read_done():
-            setattr(self._drafter.draft_runner, name, event)
-
-    def _take_read_done(self) -> list[tuple[str, Any]]:
-        """The target's events, which it has no more then."""
-        events = [(name, getattr(self._target, name, None)) for name in _READ_DONE]
-        taken = [(name, event) for name, event in events if event is not None]
-        for name, _ in taken:
-            setattr(self._target, name, None)
-        return taken
 
     # -- what the drafter has not read ------------------------------------------------------------
 

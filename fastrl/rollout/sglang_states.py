@@ -14,7 +14,6 @@ for chains only.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import logging
 import time
@@ -25,7 +24,6 @@ from typing import Any
 import torch
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
 from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
-from sglang.srt.runtime_context import get_context, get_exec
 from sglang.srt.speculative.eagle_draft_cuda_graph_runner import EAGLEDraftCudaGraphRunner
 from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
     EAGLEDraftExtendCudaGraphRunner,
@@ -33,6 +31,7 @@ from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
 
 from fastrl.rollout.sglang_plain import PlainDecodeGraphs
 from fastrl.rollout.sglang_pool import StrategyPool
+from fastrl.rollout.sglang_versions import graph_configs, set_speculation
 from fastrl.types import DraftStrategy
 
 _LOG = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ class StateBuilder:
         most tokens, at that tree's batch sizes."""
         self._free_before = _free_bytes(self._captures)
         if self._captures:
-            self._all_sizes = list(_graph_configs(self._worker)[0].decode.bs)
+            self._all_sizes = list(graph_configs(self._worker)[0].decode.bs)
             _set_sizes(self._worker, self._sizes(self._base))
 
     def build(self) -> dict[DraftStrategy, StrategyState]:
@@ -211,8 +210,7 @@ class StateBuilder:
 
     @contextlib.contextmanager
     def _shaped_for(self, strategy: DraftStrategy) -> Iterator[None]:
-        """SGLang's settings, which backends and graphs size themselves by, are the strategy's: the
-        process's context and, in older versions, the arguments it came from."""
+        """SGLang's settings, which backends and graphs size themselves by, are the strategy's."""
         worker, drafter = self._worker, self._worker._draft_worker
         shape = {
             "speculative_num_steps": strategy.depth,
@@ -224,7 +222,7 @@ class StateBuilder:
             "speculative_eagle_topk": self._pool.topk,
             "speculative_num_draft_tokens": self._pool.verify_tokens,
         }
-        self._settle(shape)
+        set_speculation(worker, shape)
         worker.topk = drafter.topk = shape["speculative_eagle_topk"]
         worker.speculative_num_steps = drafter.speculative_num_steps = strategy.depth
         worker.speculative_num_draft_tokens = strategy.verify_tokens
@@ -234,34 +232,12 @@ class StateBuilder:
         try:
             yield
         finally:
-            self._settle(largest)
-
-    def _settle(self, fields: dict[str, int]) -> None:
-        get_context().override("fastrl", **fields)
-        for arguments in _all_arguments(self._worker):
-            if not dataclasses.is_dataclass(arguments):
-                continue  # later versions read the context alone, and keep these from changing
-            for name, value in fields.items():
-                object.__setattr__(arguments, name, value)
-
-
-def _all_arguments(worker: Any) -> list[Any]:
-    """SGLang's copies of its arguments, each once."""
-    runners = worker._target_worker.model_runner, worker._draft_worker.draft_runner
-    copies = [worker.server_args, *(runner.server_args for runner in runners)]
-    return list({id(one): one for one in copies}.values())
-
-
-def _graph_configs(worker: Any) -> list[Any]:
-    """SGLang's copies of its graph settings, each once."""
-    copies = [get_exec().graph.cuda_graph_config]
-    copies += [arguments.cuda_graph_config for arguments in _all_arguments(worker)]
-    return list({id(one): one for one in copies if one is not None}.values())
+            set_speculation(worker, largest)
 
 
 def _set_sizes(worker: Any, sizes: Sequence[int]) -> None:
     """Batch sizes that SGLang captures decode graphs for."""
-    for config in _graph_configs(worker):
+    for config in graph_configs(worker):
         config.decode.bs = list(sizes)
 
 

@@ -28,7 +28,7 @@ from sglang.srt.layers.moe.utils import (
     speculative_moe_backend_context,
 )
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.speculative import eagle_worker_common, spec_utils
+from sglang.srt.speculative import spec_utils
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker, EAGLEWorkerV2
 from torch import Tensor
 
@@ -46,6 +46,7 @@ from fastrl.rollout.sglang_steps import (
     SessionReport,
     VerifiedTree,
 )
+from fastrl.rollout.sglang_versions import kept_paths
 from fastrl.types import OFF, DraftStrategy
 
 
@@ -244,7 +245,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
     def verify(self, batch: Any, **kwargs: Any) -> Any:
         """The target's forward over the tree, and what it accepts, which is kept."""
         verify_input = batch.spec_info
-        with _kept_paths() as paths:
+        with kept_paths() as paths:
             result = super().verify(batch, **kwargs)
         self._verified = verify_input, paths[0]
         if batch.return_hidden_states and self.topk == 1:
@@ -288,22 +289,3 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
     def serve_graph_memory(self) -> dict[str, float]:
         """GiB of the device's memory; see `StateBuilder.gib_by_strategy`."""
         return dict(self._builder.gib_by_strategy)
-
-
-@contextlib.contextmanager
-def _kept_paths() -> Iterator[list[Tensor]]:
-    """The accepted paths that SGLang's sampling finds meanwhile; its results leave them out before
-    0.5.21."""
-    sample = eagle_worker_common.eagle_sample
-    paths: list[Tensor] = []
-
-    def sample_and_keep(*args: Any, **kwargs: Any) -> Any:
-        predict, accept_lens, accept_index = sample(*args, **kwargs)
-        paths.append(accept_index)
-        return predict, accept_lens, accept_index
-
-    eagle_worker_common.eagle_sample = sample_and_keep
-    try:
-        yield paths
-    finally:
-        eagle_worker_common.eagle_sample = sample
