@@ -15,8 +15,8 @@ from sglang.srt.speculative import eagle_worker_common
 from torch import Tensor
 
 _READ_DONE = ("war_fastpath_read_done_event", "shared_read_done_event")
-"""Where a model's runner keeps the event after which its forward reads no shared buffer any more: in
-0.5.17, and in later versions."""
+"""Where a model's runner keeps the event after which its forward reads no shared buffer any more:
+in 0.5.17, and in later versions."""
 
 
 def set_speculation(worker: Any, fields: dict[str, int]) -> None:
