@@ -34,6 +34,8 @@ from fastrl.rollout.sglang_process import RawResponse, Role, StartedEngine
 from fastrl.rollout.sglang_steps import Rehearsal, RequestSteps, SessionReport
 
 _WATCH_INTERVAL_S = 0.5
+_RPC_TIMEOUT_S = 120
+"""A scheduler answers between two steps, or two chunks of a prefill."""
 _OLDEST, _TOO_NEW = (0, 5, 17), (0, 5, 22)
 
 
@@ -69,7 +71,9 @@ class EngineHost:
         self._engine = sglang.Engine(**server_args)
         scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
         return StartedEngine(
-            sglang_version=self._version_text, pool_tokens=int(scheduler["max_total_num_tokens"])
+            sglang_version=self._version_text,
+            pool_tokens=int(scheduler["max_total_num_tokens"]),
+            processes=tuple(self._engine.get_all_child_pids()),
         )
 
     # -- generation -------------------------------------------------------------------------------
@@ -140,15 +144,18 @@ class EngineHost:
         return gib
 
     def _ask(self, method: str, **arguments: Any) -> Any:
-        """FastRL's worker, over SGLang's RPC."""
+        """FastRL's worker, over SGLang's RPC; waiting does not let SGLang see its scheduler die."""
         from sglang.srt.entrypoints import engine as transport
         from sglang.srt.managers.io_struct import RpcReqInput
 
         request = RpcReqInput(
             method=f"{RPC_PREFIX}{method}", parameters={"packed": packed(arguments)}
         )
-        transport.sock_send(self._engine.send_to_rpc, request)
-        answer = transport.sock_recv(self._engine.send_to_rpc)
+        connection = self._engine.send_to_rpc
+        transport.sock_send(connection, request)
+        if not connection.poll(1000 * _RPC_TIMEOUT_S):
+            raise TimeoutError(f"SGLang's scheduler did not answer {method} in {_RPC_TIMEOUT_S} s")
+        answer = transport.sock_recv(connection)
         if not answer.success:
             raise RuntimeError(f"FastRL's worker refused {method}: {answer.message}")
         return unpacked(answer.message)

@@ -94,6 +94,7 @@ def start_engine(
         engine: StartedEngine = process.call(
             "start", options.start_timeout_s, server_args=files.server_args, pool=pool
         )
+        process.watch(engine.processes)
         weights = ServedWeights(process, files.config, files.drafter, options)
         weights.check_names()
         if files.drafter is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -102,6 +102,11 @@ class SharedProcess:
     def ranks(self) -> EngineGroup:
         """Those that share it."""
         return self._group
+
+    def watch(self, processes: Iterable[int]) -> None:
+        """As `EngineProcess.watch`, on the leader."""
+        if self._own is not None:
+            self._own.watch(processes)
 
     def call(self, request: str, timeout_s: float, **arguments: Any) -> Any:
         """As `EngineProcess.call`, with the leader's arguments; all ranks get answer or error."""

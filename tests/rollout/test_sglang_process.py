@@ -74,6 +74,25 @@ def test_the_end_of_the_log_is_quoted(process):
     assert "line 50" not in str(error.value)
 
 
+def test_a_process_that_it_needs_is_missed(tmp_path, monkeypatch):
+    """`sleep` stands for a scheduler, whose end its parent does not look at."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import subprocess; subprocess.Popen(['sleep', '60'])\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    process = EngineProcess(tmp_path / "engine.log")
+    assert wait_until(lambda: len(living_members(process.group)) == 2)
+    (needed,) = set(living_members(process.group)) - {process.group}
+    process.watch([needed])
+    os.kill(process.group, signal.SIGSTOP)  # it will not answer
+    os.kill(needed, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=rf"its process {needed} \(sleep 60\) is gone"):
+        process.call("start", timeout_s=60)
+    assert time.monotonic() - started < 5
+    assert living_members(process.group) == []
+
+
 def test_ending_takes_grandchildren_along_and_can_be_repeated(tmp_path, monkeypatch):
     """`sleep` stands for a scheduler that does not notice anything."""
     site = tmp_path / "site"

@@ -1,0 +1,56 @@
+"""Real SGLang on the CPU, when something fails in it: what the trainer is told, and how soon."""
+
+import os
+import re
+import signal
+import threading
+import time
+
+import pytest
+
+from fastrl.rollout.bandit import InTurns
+from fastrl.rollout.sglang_process import EngineError, living_members
+from tests.rollout.test_sglang_engine import GREEDY, scheduler_of
+from tests.rollout.tiny_models import make_prompts
+
+pytestmark = pytest.mark.sglang
+
+POOL = ("off", "3_1_4")
+
+
+@pytest.fixture
+def switching(start_sglang, target_model):
+    """Under FastRL's plugin: each call of `generate` begins with an RPC."""
+    engine = start_sglang(selector=InTurns(POOL))
+    engine.load_policy(target_model.named_parameters(), version=0)
+    yield engine
+    engine.close()
+
+
+def fails_soon(engine) -> str:
+    """What is told, within seconds, of the process that was killed, and that nothing is left."""
+    group = engine.process.group
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"died during 'generate'[\s\S]*\.log") as error:
+        engine.generate(make_prompts(2), GREEDY)
+    assert time.monotonic() - started < 10
+    assert living_members(group) == []
+    return str(error.value)
+
+
+def test_a_scheduler_killed_between_two_calls_is_named(switching):
+    victim = scheduler_of(switching.process.group)
+    switching.generate(make_prompts(2), GREEDY)
+    os.kill(victim, signal.SIGKILL)
+    time.sleep(2.5)  # SGLang has had time to see it, but sees nothing between calls
+    message = fails_soon(switching)
+    assert re.search(rf"its process {victim} \(sglang::scheduler\S*\) is gone", message)
+    assert "    [" in message  # lines of the log
+
+
+def test_a_scheduler_killed_while_it_is_asked_is_named(switching):
+    victim = scheduler_of(switching.process.group)
+    os.kill(victim, signal.SIGSTOP)  # it will not answer
+    threading.Timer(1.5, os.kill, (victim, signal.SIGKILL)).start()
+    message = fails_soon(switching)
+    assert f"its process {victim} (sglang::scheduler" in message
