@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -30,7 +31,7 @@ from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sglang_comparison import COMPARERS, is_drafter
 from fastrl.rollout.sglang_plugin import ALGORITHM, RPC_PREFIX, packed, unpacked
 from fastrl.rollout.sglang_pool import StrategyPool
-from fastrl.rollout.sglang_process import RawResponse, Role, StartedEngine
+from fastrl.rollout.sglang_process import Outcome, RawResponse, Role, StartedEngine
 from fastrl.rollout.sglang_steps import Rehearsal, RequestSteps, SessionReport
 
 _WATCH_INTERVAL_S = 0.5
@@ -308,6 +309,9 @@ def main() -> None:
     multiprocessing.current_process().authkey = connection.recv()
     try:
         _serve(connection)
+    except BaseException:
+        traceback.print_exc()  # nothing of this process comes after the end of its group
+        sys.stderr.flush()
     finally:
         _end_group()
 
@@ -316,17 +320,23 @@ def _serve(connection: Connection[Any, Any]) -> None:
     host: EngineHost | None = None
     while True:
         try:
-            request, arguments = connection.recv()
+            message = connection.recv_bytes()
         except EOFError:
             return
+        try:
+            request, arguments = pickle.loads(message)
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((Outcome.UNREAD, f"{type(error).__name__}: {error}"))
+            continue
         try:
             host = host or EngineHost()
             answer = getattr(host, f"serve_{request}")(**arguments)
         except Exception as error:
             traceback.print_exc()
-            connection.send((False, f"{type(error).__name__}: {error}"))
+            connection.send((Outcome.FAILED, f"{type(error).__name__}: {error}"))
         else:
-            connection.send((True, answer))
+            connection.send((Outcome.ANSWERED, answer))
 
 
 def _end_with(trainer: int) -> None:

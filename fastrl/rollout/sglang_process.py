@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -51,6 +52,16 @@ _LAUNCHER_VARIABLES = frozenset(
     }
 )
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ROLE_", "PET_", "PL_")
+
+
+class Outcome(Enum):
+    """What became of a request, in the child's words."""
+
+    ANSWERED = "answered"
+    FAILED = "failed"
+    """It raised: the engine's state is unknown."""
+    UNREAD = "unread"
+    """It could not be unpickled: the engine is as it was."""
 
 
 class EngineError(RuntimeError):
@@ -148,18 +159,27 @@ class EngineProcess:
     def call(self, request: str, timeout_s: float, **arguments: Any) -> Any:
         """Have the child run one of its `serve_…` functions, and return what that returns.
 
-        Raises EngineError if it raises, dies, loses a process that it needs, or has not answered
-        after `timeout_s` seconds; the group is ended before.
+        Raises:
+            EngineError: it raises, dies, loses a process that it needs, or has not answered after
+                `timeout_s` seconds; the group is ended before.
+            ValueError: the arguments cannot be unpickled there; it serves on.
         """
         if self._has_ended:
             raise EngineError(f"{request!r}: the SGLang engine has ended; start it anew")
         try:
             self._connection.send((request, arguments))
             self._wait_for_answer(request, timeout_s)
-            is_answer, answer = self._connection.recv()
+            outcome, answer = self._connection.recv()
         except (EOFError, OSError):
             self._fail(f"died during {request!r} ({self._exit_status()})")
-        if not is_answer:
+        if outcome is Outcome.UNREAD:
+            raise ValueError(
+                f"the SGLang engine's process cannot unpickle what {request!r} was given: "
+                f"{answer}. Classes of a strategy selector must be found there by import: define "
+                f"them in a module on the PYTHONPATH, not in the script that is run. The engine "
+                f"goes on"
+            )
+        if outcome is Outcome.FAILED:
             self._fail(f"failed at {request!r}: {answer}")
         return answer
 

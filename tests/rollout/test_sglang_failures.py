@@ -1,5 +1,6 @@
 """Real SGLang on the CPU, when something fails in it: what the trainer is told, and how soon."""
 
+import importlib
 import os
 import re
 import signal
@@ -54,3 +55,23 @@ def test_a_scheduler_killed_while_it_is_asked_is_named(switching):
     threading.Timer(1.5, os.kill, (victim, signal.SIGKILL)).start()
     message = fails_soon(switching)
     assert f"its process {victim} (sglang::scheduler" in message
+
+
+def test_a_selector_of_an_unknown_class_is_refused_and_the_engine_goes_on(
+    switching, tmp_path, monkeypatch
+):
+    """A module of the trainer's alone stands for the script that is run."""
+    (tmp_path / "of_the_trainer.py").write_text(
+        "from fastrl.rollout.bandit import InTurns\nclass Mine(InTurns): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("of_the_trainer")
+    expected = switching.generate(make_prompts(2), GREEDY)
+    group = switching.process.group
+    switching.strategy_selector = module.Mine(POOL)
+    with pytest.raises(ValueError, match=r"cannot unpickle what 'generate' .*of_the_trainer"):
+        switching.generate(make_prompts(2), GREEDY)
+    switching.strategy_selector = InTurns(POOL)
+    rollouts = switching.generate(make_prompts(2), GREEDY)
+    assert [one.tokens for one in rollouts] == [one.tokens for one in expected]
+    assert switching.process.group == group

@@ -1,5 +1,6 @@
 """The engine's process group without an engine in it: SGLang is not needed."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -48,6 +49,27 @@ def test_an_unknown_request_is_an_error_that_ends_it(process):
         process.call("no_such_thing", timeout_s=60)
     assert living_members(process.group) == []
     assert process.has_failed
+
+
+def test_what_it_cannot_unpickle_is_refused_and_it_goes_on(process, tmp_path, monkeypatch):
+    (tmp_path / "ours_alone.py").write_text("class Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    thing = importlib.import_module("ours_alone").Thing()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"cannot unpickle what 'start' .*ours_alone"):
+            process.call("start", timeout_s=60, server_args=thing)
+    assert living_members(process.group) == [process.group]
+    assert "Traceback" in process.log_path.read_text()
+
+
+def test_an_answer_that_cannot_be_sent_leaves_its_reason(process):
+    """The child raises where it expects nothing to: its log still tells."""
+    os.kill(process.group, signal.SIGSTOP)
+    process._connection.send_bytes(b"")  # unread, and its refusal finds nobody
+    process._connection.close()
+    os.kill(process.group, signal.SIGCONT)
+    assert wait_until(lambda: living_members(process.group) == [])
+    assert "BrokenPipeError" in process.log_path.read_text()
 
 
 def test_silence_ends_at_the_time_limit(process):
