@@ -10,6 +10,7 @@ Leaves out any decision: what to generate and which weights fit is settled in th
 from __future__ import annotations
 
 import argparse
+import asyncio
 import multiprocessing
 import os
 import pickle
@@ -88,7 +89,7 @@ class EngineHost:
         selector: StrategySelector | None,
     ) -> tuple[list[RawResponse], SessionReport | None]:
         """One response a prompt; with a selector, which chooses each step's strategy, what the
-        steps did.
+        steps did. A request that SGLang gives up has the response `abort`; the others go on.
 
         A prefix found in the cache has no hidden states, so where they are asked for, each request
         gets a part of the cache of its own.
@@ -98,24 +99,24 @@ class EngineHost:
         if selector is not None:
             self._ask("begin", selector=selector, rehearsal=None)
         keys = [f"{time.monotonic_ns()}-{number}" for number in range(len(prompts))]
-        request = GenerateReqInput(
-            rid=list(keys),
-            input_ids=[list(prompt) for prompt in prompts],
-            sampling_params=[dict(one) for one in sampling],
-            return_logprob=True,
-            top_logprobs_num=num_top_logprobs,
-            return_hidden_states=return_hidden_states,
-            extra_key=keys if return_hidden_states else None,
-        )
-        answers = self._wait(anext(self._engine.tokenizer_manager.generate_request(request, None)))
+        requests = [
+            GenerateReqInput(
+                rid=key,
+                input_ids=list(prompt),
+                sampling_params=dict(parameters),
+                return_logprob=True,
+                top_logprobs_num=num_top_logprobs,
+                return_hidden_states=return_hidden_states,
+                extra_key=key if return_hidden_states else None,
+            )
+            for key, prompt, parameters in zip(keys, prompts, sampling, strict=True)
+        ]
+        answers = self._wait(self._answers(requests))
         report: SessionReport | None = None
         if selector is not None:
             report = self._ask("finish")
         steps = {} if report is None else report.requests
-        raws = [
-            _raw_response(answer["output_ids"], answer["meta_info"], num_top_logprobs)
-            for answer in answers
-        ]
+        raws = [_raw_response(answer, num_top_logprobs) for answer in answers]
         if report is not None:  # one that ended with its prefill has none
             raws = [
                 replace(raw, steps=steps.get(key, RequestSteps()))
@@ -123,6 +124,16 @@ class EngineHost:
             ]
             report = replace(report, requests={})
         return raws, report
+
+    async def _answers(self, requests: Sequence[Any]) -> list[Any]:
+        """To all requests; of one that SGLang refuses or gives up, the exception.
+
+        Sent as one, the first exception would be all that comes back, while the others still run.
+        """
+        ask = self._engine.tokenizer_manager.generate_request
+        return await asyncio.gather(
+            *(anext(ask(request, None)) for request in requests), return_exceptions=True
+        )
 
     def serve_rehearse(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], rehearsal: Rehearsal
@@ -263,10 +274,13 @@ def load_drafter_only(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> N
         model.load_weights(list(named_tensors))
 
 
-def _raw_response(
-    tokens: Sequence[int], meta: Mapping[str, Any], num_top_logprobs: int
-) -> RawResponse:
+def _raw_response(answer: Mapping[str, Any] | BaseException, num_top_logprobs: int) -> RawResponse:
+    if isinstance(answer, BaseException):
+        return _given_up(f"{type(answer).__name__}: {answer}")
+    meta = answer["meta_info"]
     finish = meta["finish_reason"]
+    if finish["type"] == "abort":
+        return _given_up(finish["message"])
     top_logprobs_TK = None
     if num_top_logprobs:
         top_logprobs_TK = np.array(
@@ -274,14 +288,27 @@ def _raw_response(
             dtype=np.float32,
         ).reshape(-1, num_top_logprobs)
     return RawResponse(
-        tokens=tuple(tokens),
+        tokens=tuple(answer["output_ids"]),
         logprobs=tuple(entry[0] for entry in meta["output_token_logprobs"]),
         top_logprobs_TK=top_logprobs_TK,
         finish_type=finish["type"],
-        finish_detail=str(finish.get("matched", finish.get("message", ""))),
+        finish_detail=str(finish.get("matched", "")),
         num_cached_tokens=int(meta["cached_tokens"]),
         steps_by_num_accepted=tuple(meta.get("spec_correct_drafts_histogram", ())),
         hidden_TD=_hidden_states(meta["hidden_states"]) if "hidden_states" in meta else None,
+    )
+
+
+def _given_up(why: str) -> RawResponse:
+    return RawResponse(
+        tokens=(),
+        logprobs=(),
+        top_logprobs_TK=None,
+        finish_type="abort",
+        finish_detail=why,
+        num_cached_tokens=0,
+        steps_by_num_accepted=(),
+        hidden_TD=None,
     )
 
 

@@ -145,7 +145,10 @@ def as_rollout(
             f"dtype is too narrow for them"
         )
     if raw.finish_type == "abort":
-        raise RuntimeError(f"{name}: SGLang gave the request up: {raw.finish_detail}")
+        raise RuntimeError(
+            f"{name}: SGLang gave the request up ({raw.finish_detail}). No rollout of this call is "
+            f"kept; the engine goes on"
+        )
     num_rows = len(prompt.tokens) + len(raw.tokens) - 1
     if raw.hidden_TD is not None and len(raw.hidden_TD) != num_rows:
         raise RuntimeError(

@@ -1,5 +1,6 @@
 """Real SGLang on the CPU, when something fails in it: what the trainer is told, and how soon."""
 
+import dataclasses
 import importlib
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 
 from fastrl.rollout.bandit import InTurns
 from fastrl.rollout.sglang_process import EngineError, living_members
+from fastrl.types import SamplingParams
 from tests.rollout.test_sglang_engine import GREEDY, scheduler_of
 from tests.rollout.tiny_models import make_prompts
 
@@ -24,6 +26,19 @@ def switching(start_sglang, target_model):
     """Under FastRL's plugin: each call of `generate` begins with an RPC."""
     engine = start_sglang(selector=InTurns(POOL))
     engine.load_policy(target_model.named_parameters(), version=0)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["stock", "plugin"])
+def small(request, start_sglang, target_model):
+    """Believes that its cache holds more than SGLang's does: no request is refused before."""
+    plugin = {"selector": InTurns(("off", "3_4_8"))}
+    options = {"strategy": "3_4_8"} if request.param == "stock" else plugin
+    engine = start_sglang(server_args={"max_total_tokens": 64}, **options)
+    engine.load_policy(target_model.named_parameters(), version=0)
+    model = dataclasses.replace(engine._running.model, pool_tokens=10**6)
+    engine._running = dataclasses.replace(engine._running, model=model)
     yield engine
     engine.close()
 
@@ -75,3 +90,17 @@ def test_a_selector_of_an_unknown_class_is_refused_and_the_engine_goes_on(
     rollouts = switching.generate(make_prompts(2), GREEDY)
     assert [one.tokens for one in rollouts] == [one.tokens for one in expected]
     assert switching.process.group == group
+
+
+def test_a_request_that_sglang_gives_up_is_named_and_the_engine_goes_on(small, target_model):
+    short = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    prompts = make_prompts(4)
+    expected = [rollout.tokens for rollout in small.generate(prompts, short)]
+    group = small.process.group
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"prompt 1, sample 0: SGLang gave .*Out of memory"):
+            small.generate(prompts, GREEDY)
+        assert [rollout.tokens for rollout in small.generate(prompts, short)] == expected
+    small.load_policy(target_model.named_parameters(), version=1)  # its cache can be emptied
+    assert [rollout.tokens for rollout in small.generate(prompts, short)] == expected
+    assert small.process.group == group
