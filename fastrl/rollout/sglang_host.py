@@ -26,10 +26,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sglang_comparison import COMPARERS, is_drafter
+from fastrl.rollout.sglang_hidden_states import in_order
 from fastrl.rollout.sglang_plugin import ALGORITHM, RPC_PREFIX, packed, unpacked
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.rollout.sglang_process import Outcome, RawResponse, Role, StartedEngine
@@ -63,8 +63,9 @@ class EngineHost:
         import sglang
 
         server_args = dict(server_args)
-        if pool is not None:
+        if pool is not None or server_args["enable_return_hidden_states"]:
             _check_plugin()
+        if pool is not None:
             pool.write_to(os.environ)
         loaders = [*(server_args.get("custom_weight_loader") or []), *COMPARERS.values()]
         if not self._has_update_sessions:
@@ -116,7 +117,10 @@ class EngineHost:
         if selector is not None:
             report = self._ask("finish")
         steps = {} if report is None else report.requests
-        raws = [_raw_response(answer, num_top_logprobs) for answer in answers]
+        raws = [
+            _raw_response(answer, len(prompt), num_top_logprobs)
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
         if report is not None:  # one that ended with its prefill has none
             raws = [
                 replace(raw, steps=steps.get(key, RequestSteps()))
@@ -260,8 +264,9 @@ def _check_plugin() -> None:
     """SGLang finds plugins by the metadata of installed packages."""
     if not any(found.name == "fastrl" for found in entry_points(group="sglang.srt.plugins")):
         raise RuntimeError(
-            f"SGLang finds no plugin of FastRL, which algorithm {ALGORITHM} comes with: install "
-            f"the package in the environment of SGLang (pip install -e .), a PYTHONPATH does not do"
+            f"SGLang finds no plugin of FastRL, which algorithm {ALGORITHM} and the hidden states "
+            f"of whole prompts come with: install the package in the environment of SGLang "
+            f"(pip install -e .), a PYTHONPATH does not do"
         )
 
 
@@ -274,7 +279,9 @@ def load_drafter_only(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> N
         model.load_weights(list(named_tensors))
 
 
-def _raw_response(answer: Mapping[str, Any] | BaseException, num_top_logprobs: int) -> RawResponse:
+def _raw_response(
+    answer: Mapping[str, Any] | BaseException, num_prompt_tokens: int, num_top_logprobs: int
+) -> RawResponse:
     if isinstance(answer, BaseException):
         return _given_up(f"{type(answer).__name__}: {answer}")
     meta = answer["meta_info"]
@@ -295,7 +302,9 @@ def _raw_response(answer: Mapping[str, Any] | BaseException, num_top_logprobs: i
         finish_detail=str(finish.get("matched", "")),
         num_cached_tokens=int(meta["cached_tokens"]),
         steps_by_num_accepted=tuple(meta.get("spec_correct_drafts_histogram", ())),
-        hidden_TD=_hidden_states(meta["hidden_states"]) if "hidden_states" in meta else None,
+        hidden_TD=in_order(meta["hidden_states"], num_prompt_tokens)
+        if "hidden_states" in meta
+        else None,
     )
 
 
@@ -310,11 +319,6 @@ def _given_up(why: str) -> RawResponse:
         steps_by_num_accepted=(),
         hidden_TD=None,
     )
-
-
-def _hidden_states(parts: Sequence[Any]) -> NDArray[np.float32]:
-    """From rows (a decode step's tokens) and lists of rows (a prefill's) to one array."""
-    return np.concatenate([np.atleast_2d(np.array(part, dtype=np.float32)) for part in parts])
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -153,7 +153,8 @@ def as_rollout(
     if raw.hidden_TD is not None and len(raw.hidden_TD) != num_rows:
         raise RuntimeError(
             f"{name}: SGLang returned hidden states of {len(raw.hidden_TD)} tokens instead of "
-            f"{num_rows}; is the prompt longer than server_args.chunked_prefill_size?"
+            f"{num_rows}: FastRL's plugin, which keeps those of all chunks of a prefill, does not "
+            f"run in it; is it left out by the variable SGLANG_PLUGINS?"
         )
     return Rollout(
         prompt=prompt,
