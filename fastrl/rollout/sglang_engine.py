@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.drafter_health import DrafterWatch
 from fastrl.rollout.drafters.eagle import without_shared
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
@@ -115,6 +115,7 @@ class SGLangEngine:
         self._events = WeightEvents()
         self._drafter_watch = DrafterWatch()
         self._is_drafter_rejected = False
+        self._num_probe_steps = 0
         self._running: RunningEngine | None = None
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -318,7 +319,6 @@ class SGLangEngine:
             EngineError: SGLang died, or took longer than generate_timeout_s; it must be started
                 anew.
         """
-        running, model = self._started(), self._started().model
         call = GenerateCall(
             prompts=prompts,
             sampling=sampling,
@@ -327,65 +327,79 @@ class SGLangEngine:
             rl_step=rl_step,
             return_hidden_states=return_hidden_states,
         )
-
-        def requests() -> list[GenerateRequest]:
-            self._check_ready(running, return_hidden_states)
-            return call.requests(model)
-
-        def rollouts_of(responses: SharedResponses) -> list[Rollout]:
-            if responses.report is not None:
-                take_back(self.strategy_selector, responses.report)
-            return call.rollouts(responses, model, self.policy_version)
-
-        asked = running.process.gather_requests(requests, call.options(model))
-        responses = generate_under(
-            self._deciding_selector(running),
-            asked,
-            process=running.process,
-            model=model,
-            sampling=sampling,
-            max_batch_size=self._options.max_batch_size,
-            timeout_s=self._options.generate_timeout_s,
-        )
-        rollouts = running.process.ranks.agree(lambda: rollouts_of(responses))
-        stats = call.statistics(responses, model)
+        rollouts, stats = self._answer(call, self.strategy_selector)
         self._drafter_watch.look(stats)
         self._stats = dataclasses.replace(stats, drafter_failures=self._drafter_watch.take())
         if self.on_idle is not None and self.others_generate():
             self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
         return rollouts
 
-    def _deciding_selector(self, running: RunningEngine) -> StrategySelector | None:
+    def _answer(
+        self, call: GenerateCall, selector: StrategySelector
+    ) -> tuple[list[Rollout], EngineStats]:
+        """What the call asks for, under this selector, and what was done for it."""
+        running, model = self._started(), self._started().model
+
+        def requests() -> list[GenerateRequest]:
+            self._check_ready(running, selector, call.return_hidden_states)
+            return call.requests(model)
+
+        def rollouts_of(responses: SharedResponses) -> list[Rollout]:
+            if responses.report is not None:
+                take_back(selector, responses.report)
+            return call.rollouts(responses, model, self.policy_version)
+
+        asked = running.process.gather_requests(requests, call.options(model))
+        responses = generate_under(
+            self._deciding(selector, running),
+            asked,
+            process=running.process,
+            model=model,
+            sampling=call.sampling,
+            max_batch_size=self._options.max_batch_size,
+            timeout_s=self._options.generate_timeout_s,
+        )
+        rollouts = running.process.ranks.agree(lambda: rollouts_of(responses))
+        return rollouts, call.statistics(responses, model)
+
+    def _deciding(
+        self, selector: StrategySelector, running: RunningEngine
+    ) -> StrategySelector | None:
         """None for stock SGLang, which has one strategy. Without a sound drafter none of its
         strategies can be chosen, whichever selector is set by now."""
         if running.pool is None:
             return None
         if self._drafter_watch.failure is not None or self._is_drafter_rejected:
-            if isinstance(self.strategy_selector, FixedStrategy):
+            if isinstance(selector, FixedStrategy):
                 return FixedStrategy("off")
-            self.strategy_selector.exclude(running.pool.trees)
-        return self.strategy_selector
+            selector.exclude(running.pool.trees)
+        return selector
 
     def probe(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int = 0
     ) -> list[Rollout]:
-        """One response a prompt, for a check; see `RolloutEngine.probe`."""
-        stats, on_idle, selector = self._stats, self.on_idle, self.strategy_selector
-        self.on_idle = None
-        if self._started().pool is not None:
-            self.strategy_selector = FixedStrategy("off")  # a bandit learns nothing from a check
-        try:
-            rollouts = self.generate(prompts, sampling, seed=seed)
-            self._drafter_watch.put_back(self._stats.drafter_failures)
-        finally:
-            self._stats, self.on_idle, self.strategy_selector = stats, on_idle, selector
+        """One response a prompt, for a check; see `RolloutEngine.probe`.
+
+        Of a pool all strategies take their turn, step by step, and from one probe to the next: what
+        verifies drafts is checked as well as plain decoding.
+        """
+        selector, pool = self.strategy_selector, self._started().pool
+        if pool is not None:
+            names = [str(strategy) for strategy in pool.allowed(len(prompts))]
+            start = self._num_probe_steps % len(names)
+            selector = InTurns(names[start:] + names[:start])
+        call = GenerateCall(prompts=prompts, sampling=sampling, seed=seed)
+        rollouts, stats = self._answer(call, selector)
+        self._num_probe_steps += stats.num_steps
         return rollouts
 
-    def _check_ready(self, running: RunningEngine, return_hidden_states: bool) -> None:
+    def _check_ready(
+        self, running: RunningEngine, selector: StrategySelector, return_hidden_states: bool
+    ) -> None:
         running.weights.check_whole()
         strategies = running.model.strategies
         if running.pool is not None:
-            check_in_pool(self.strategy_selector, strategies)
+            check_in_pool(selector, strategies)
         elif (wanted := self._strategies_to_run()) != strategies:
             raise ValueError(
                 f"the engine runs strategy {strategies[0]}, which stock SGLang cannot change to "
