@@ -168,9 +168,12 @@ def test_a_policy_weight_zeroed_behind_the_publisher(served, target_model, good_
         check(served, target_model, good_drafter)
 
 
-def test_canaries_tell_wrong_weights_whatever_their_names(served, target_model, tmp_path):
+@pytest.mark.parametrize("tolerance", [1e-3, 0.1])  # the second is WeightHealth's default
+def test_canaries_tell_wrong_weights_whatever_their_names(
+    served, target_model, tmp_path, tolerance
+):
     """The comparison is not due: only what the engine computes can tell."""
-    weight_check = WeightCheck(every_n_publications=100, num_canaries=4, canary_tolerance=1e-3)
+    weight_check = WeightCheck(every_n_publications=100, num_canaries=4, canary_tolerance=tolerance)
     tensors = target_model.named_parameters
     gap = weight_check.check_policy(served, target_model, tensors)
     assert gap is not None
