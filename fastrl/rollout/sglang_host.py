@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from fastrl.rollout.engine import StrategySelector
-from fastrl.rollout.sglang_comparison import COMPARERS, is_drafter
+from fastrl.rollout.sglang_comparison import COMPARERS, REMEMBERERS, is_drafter
 from fastrl.rollout.sglang_hidden_states import in_order
 from fastrl.rollout.sglang_plugin import ALGORITHM, RPC_PREFIX, packed, unpacked
 from fastrl.rollout.sglang_pool import StrategyPool
@@ -67,7 +67,8 @@ class EngineHost:
             _check_plugin()
         if pool is not None:
             pool.write_to(os.environ)
-        loaders = [*(server_args.get("custom_weight_loader") or []), *COMPARERS.values()]
+        loaders = list(server_args.get("custom_weight_loader") or [])
+        loaders += [*COMPARERS.values(), *REMEMBERERS.values()]
         if not self._has_update_sessions:
             loaders.append(DRAFTER_LOADER)
         server_args["custom_weight_loader"] = loaders
@@ -193,6 +194,10 @@ class EngineHost:
     def serve_compare(self, role: Role, payloads: Sequence[bytes]) -> None:
         """Have each rank compare its bucket with its weights (sglang_comparison.py), and report."""
         self._update(role, payloads, loader=COMPARERS[role])
+
+    def serve_remember(self, role: Role, payloads: Sequence[bytes]) -> None:
+        """Have each rank keep its buffers, to compare with later; the buckets are empty."""
+        self._update(role, payloads, loader=REMEMBERERS[role])
 
     def _update(self, role: Role, payloads: Sequence[bytes], *, loader: str | None) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput

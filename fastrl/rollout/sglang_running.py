@@ -96,6 +96,7 @@ def start_engine(
         )
         process.watch(engine.processes)
         weights = ServedWeights(process, files.config, files.drafter, options)
+        weights.remember_buffers()
         weights.check_names()
         if files.drafter is not None:
             weights.publish_drafter(list(files.drafter.named_weights()), version=-1)

@@ -116,7 +116,7 @@ class SharedProcess:
 
     def send_bucket(
         self,
-        request: Literal["update", "compare"],
+        request: Literal["update", "compare", "remember"],
         role: Role,
         next_payloads: Callable[[], list[bytes] | None],
         timeout_s: float,
@@ -124,7 +124,7 @@ class SharedProcess:
         """Send a bucket of weights: the payloads of all ranks, in their order.
 
         Args:
-            request: whether it is to be served, or to be held against what is.
+            request: whether it is to be served, or to be held against what is; or is empty.
             role: which model it is of.
             next_payloads: this rank's payloads for SGLang's ranks on its GPUs, kept alive until
                 this returns; None after the last bucket.

@@ -1,6 +1,8 @@
 """Known failures of others on real SGLang: each is silent without the check, and named by it."""
 
+import dataclasses
 import json
+import shutil
 import warnings
 from contextlib import contextmanager
 
@@ -219,6 +221,46 @@ def test_without_its_drafter_the_engine_goes_on_until_the_next(
     engine.load_policy(target_model.named_parameters(), version=0)
     assert [rollout.tokens for rollout in engine.generate(make_prompts(3), GREEDY)] == expected
     assert engine.stats().accept_length > 1.1
+    engine.close()
+
+
+# -- memory that was given back -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares_rotary_cache", [True, False])
+def test_buffers_that_come_back_as_garbage(
+    start_sglang, folders, target_model, good_drafter, tmp_path, monkeypatch, shares_rotary_cache
+):
+    """SGLang restores the policy's alone. (On a CPU no memory is given back, but zeroed.)"""
+    shutil.copytree(folders[1], tmp_path / "drafter")
+    if not shares_rotary_cache:
+        config_file = tmp_path / "drafter" / "config.json"
+        config = json.loads(config_file.read_text())
+        config["max_position_embeddings"] *= 2
+        config_file.write_text(json.dumps(config))
+    monkeypatch.setenv("FASTRL_TEST_LOSE_MEMORY", "1")
+    engine = start_sglang(strategy="3_4_8", drafter_path=str(tmp_path / "drafter"))
+
+    def publish() -> None:
+        engine.load_policy(target_model.named_parameters(), version=0)
+        engine.load_drafter(good_drafter.items(), version=0)
+
+    publish()
+    before = accept_length(engine)
+    assert check(engine, target_model, good_drafter) is None
+    engine._options = dataclasses.replace(engine._options, memory_saver=True)
+    engine.sleep()
+    engine.wake()
+    publish()
+    failure = check(engine, target_model, good_drafter)  # of the policy's nothing is wrong
+    if shares_rotary_cache:
+        assert failure is None
+        assert accept_length(engine) == before
+    else:
+        assert failure is not None
+        assert failure.endswith(
+            "as published: buffer model.layers.0.self_attn.rotary_emb.cos_sin_cache: all zero"
+        )
     engine.close()
 
 
