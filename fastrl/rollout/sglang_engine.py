@@ -56,8 +56,9 @@ class SGLangEngine:
             default.
         attention_backend: SGLang's attention kernels ('triton', 'fa3', 'flashinfer'); null: its
             default.
-        deterministic: Seed every token, so that rollouts repeat whatever the batch; costs speed
-            (SGLang's batch-invariant kernels). Without it tokens depend on the batch and the run.
+        deterministic: Seed every token, so that rollouts of one strategy repeat whatever the batch;
+            costs speed (SGLang's batch-invariant kernels). Without it tokens depend on the batch
+            and the run; under a bandit, whose choices rest on measured times, they do either way.
         hidden_states: Whether rollouts can be asked for hidden states; SGLang prepares for it at
             its start.
         memory_saver: Whether `sleep` can give memory back; needs the package torch-memory-saver.
