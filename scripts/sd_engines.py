@@ -313,8 +313,7 @@ def _switching_engine(
         pool = _bandit_over(arms) if any(map(is_strategy, arms)) else FixedStrategy(OFF)
         engine = _new_sglang(subject, max_batch_size, pool, {})
         with _running(subject, engine):
-            if any(map(is_strategy, arms)):
-                _print_graph_memory(engine)
+            _print_graph_memory(engine)
             yield {
                 arm: SGLangArm(
                     engine=engine,
@@ -343,9 +342,8 @@ def _new_sglang(
 
 def _print_graph_memory(engine: SGLangEngine) -> None:
     """What the strategies of an engine that can switch took of the device's memory."""
-    assert engine.process is not None, "it has been started"
-    gib = engine.process.call("graph_memory", 30.0)
-    if total := gib.pop("all"):
+    gib = engine.graph_memory()
+    if total := gib.pop("all", 0.0):
         parts = ", ".join(f"{name} {one:.2f}" for name, one in gib.items())
         print(f"CUDA graphs and their buffers: {total:.2f} GiB in all; as built: {parts}")
 

@@ -48,13 +48,13 @@ class _RolloutSource(Protocol):
 class WeightHealth(Callback):
     """Raises, or goes on without the drafter, when an engine does not serve what was published.
 
-    A drafter is compared whenever it was published, and the policy the first time, after a wake and
-    every few publications. Canaries follow every publication of the policy. Wrong policy weights
-    always raise: rollouts of them are useless.
+    A drafter is compared whenever it was published, the policy after every publication, or the
+    first, every few and each wake. Canaries follow every publication of the policy. Wrong policy
+    weights always raise: rollouts of them are useless.
 
     Args:
         every_n_publications: Publications of the policy from one comparison of all its weights to
-            the next; each takes about what a publication takes.
+            the next, which takes about what a publication takes; between them canaries alone tell.
         num_canaries: Prompts, of 8 tokens and answered with 8, whose log-probabilities are compared
             after each publication of the policy; 0: none.
         canary_tolerance: Largest mean difference of their log-probabilities, in nats; between
@@ -65,7 +65,7 @@ class WeightHealth(Callback):
 
     def __init__(
         self,
-        every_n_publications: int = 10,
+        every_n_publications: int = 1,
         num_canaries: int = 4,
         canary_tolerance: float = 0.1,
         on_drafter_failure: Literal["raise", "fall_back"] = "raise",

@@ -126,10 +126,6 @@ class DrafterWatch:
         self._untold.clear()
         return untold
 
-    def put_back(self, failures: Iterable[str]) -> None:
-        """They were told to nobody."""
-        self._untold.extend(failures)
-
     def _note(self) -> None:
         """Name a drafter just found bad; whether it goes on drafting is the caller's decision."""
         if self.failure is not None:

@@ -56,10 +56,10 @@ class GenerateCall:
 
     prompts: Sequence[Prompt]
     sampling: SamplingParams
-    num_samples: int
-    seed: int
-    rl_step: int
-    return_hidden_states: bool
+    num_samples: int = 1
+    seed: int = 0
+    rl_step: int = 0
+    return_hidden_states: bool = False
     _started: float = field(default_factory=perf_counter, init=False)
 
     @property

@@ -6,6 +6,11 @@ publication does, but turn every write into a weight to a comparison: so names, 
 shards are SGLang's own business, and nothing is changed. SGLang gives no answer back from there, so
 each rank writes what it found to a file, in a folder that the first tensor is named after.
 
+Buffers, such as a rotary embedding's cache, nobody publishes: they are held against what they were
+when the engine had started. SGLang keeps the policy's for the time that memory is given back, but
+not the drafter's, which come back as garbage unless they are the policy's own: a rotary cache is,
+where both models ask for the same one.
+
 The trainer reads the files: `read_differences`. Leaves out deciding what a difference means.
 """
 
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +38,14 @@ COMPARERS: dict[Role, str] = {
     "draft": "fastrl.rollout.sglang_comparison.compare_drafter",
 }
 """By the dotted names that SGLang imports them by."""
+REMEMBERERS: dict[Role, str] = {
+    "target": "fastrl.rollout.sglang_comparison.remember_target",
+    "draft": "fastrl.rollout.sglang_comparison.remember_drafter",
+}
+
+_buffers_at_start: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def folder_entry(folder: Path) -> tuple[str, Tensor]:
@@ -48,6 +62,17 @@ def compare_drafter(model: Any, named_tensors: NamedTensors) -> None:
     """Compare with the drafter's weights; SGLang before 0.5.21 offers them to the target too."""
     if is_drafter(model):
         _compare(model, named_tensors)
+
+
+def remember_target(model: Any, named_tensors: NamedTensors) -> None:
+    """Keep a copy of the policy's buffers as they are now."""
+    _remember_buffers(model)
+
+
+def remember_drafter(model: Any, named_tensors: NamedTensors) -> None:
+    """Keep a copy of the drafter's buffers as they are now."""
+    if is_drafter(model):
+        _remember_buffers(model)
 
 
 def is_drafter(model: Any) -> bool:
@@ -78,9 +103,27 @@ def _compare(model: Any, named_tensors: NamedTensors) -> None:
     with mode:
         model.load_weights(mode.naming(published))
     rank = dist.get_rank() if dist.is_initialized() else 0
-    with (Path(folder) / f"rank{rank}.jsonl").open("a", encoding="utf-8") as file:
+    report = Path(folder) / f"rank{rank}.jsonl"
+    if not report.exists():  # with the first bucket
+        _compare_buffers(model, mode.comparison)
+    with report.open("a", encoding="utf-8") as file:
         for one in mode.comparison.differences():
             file.write(json.dumps(dataclasses.asdict(one)) + "\n")
+
+
+def _remember_buffers(model: nn.Module) -> None:
+    _buffers_at_start[model] = {
+        name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers()
+    }
+
+
+def _compare_buffers(model: nn.Module, comparison: Comparison) -> None:
+    served = dict(model.named_buffers())
+    for name, buffer in _buffers_at_start[model].items():
+        same = served[name]
+        if same.shape != buffer.shape:  # a rotary cache grows with the positions it is asked for
+            same = same[: len(buffer)]
+        comparison.compare(f"buffer {name}", same, buffer)
 
 
 class _ComparisonMode(TorchDispatchMode):  # type: ignore[no-untyped-call]

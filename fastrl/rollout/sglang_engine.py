@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastrl.rollout.bandit import FixedStrategy
+from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.drafter_health import DrafterWatch
 from fastrl.rollout.drafters.eagle import without_shared
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
@@ -56,8 +56,9 @@ class SGLangEngine:
             default.
         attention_backend: SGLang's attention kernels ('triton', 'fa3', 'flashinfer'); null: its
             default.
-        deterministic: Seed every token, so that rollouts repeat whatever the batch; costs speed
-            (SGLang's batch-invariant kernels). Without it tokens depend on the batch and the run.
+        deterministic: Seed every token, so that rollouts of one strategy repeat whatever the batch;
+            costs speed (SGLang's batch-invariant kernels). Without it tokens depend on the batch
+            and the run; under a bandit, whose choices rest on measured times, they do either way.
         hidden_states: Whether rollouts can be asked for hidden states; SGLang prepares for it at
             its start.
         memory_saver: Whether `sleep` can give memory back; needs the package torch-memory-saver.
@@ -119,6 +120,7 @@ class SGLangEngine:
         self._events = WeightEvents()
         self._drafter_watch = DrafterWatch()
         self._is_drafter_rejected = False
+        self._num_probe_steps = 0
         self._running: RunningEngine | None = None
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -212,6 +214,15 @@ class SGLangEngine:
         if self._running is None or self._running.process.has_ended:
             return None
         return self._running.process
+
+    def graph_memory(self) -> dict[str, float]:
+        """GiB of the device's memory that each strategy's buffers and CUDA graphs took as they were
+        built, and `all` of them; empty without FastRL's plugin, zeros on a CPU."""
+        running = self._started()
+        if running.pool is None:
+            return {}
+        gib: dict[str, float] = running.process.call("graph_memory", MESSAGE_TIMEOUT_S)
+        return gib
 
     def weight_checksums(self) -> list[dict[str, str]]:
         """Checksums of SGLang's weights by its own names (`draft.` before the drafter's), for each
@@ -326,7 +337,6 @@ class SGLangEngine:
             EngineError: SGLang died, or took longer than generate_timeout_s; it must be started
                 anew.
         """
-        running, model = self._started(), self._started().model
         call = GenerateCall(
             prompts=prompts,
             sampling=sampling,
@@ -335,65 +345,79 @@ class SGLangEngine:
             rl_step=rl_step,
             return_hidden_states=return_hidden_states,
         )
-
-        def requests() -> list[GenerateRequest]:
-            self._check_ready(running, return_hidden_states)
-            return call.requests(model)
-
-        def rollouts_of(responses: SharedResponses) -> list[Rollout]:
-            if responses.report is not None:
-                take_back(self.strategy_selector, responses.report)
-            return call.rollouts(responses, model, self.policy_version)
-
-        asked = running.process.gather_requests(requests, call.options(model))
-        responses = generate_under(
-            self._deciding_selector(running),
-            asked,
-            process=running.process,
-            model=model,
-            sampling=sampling,
-            max_batch_size=self._options.max_batch_size,
-            timeout_s=self._options.generate_timeout_s,
-        )
-        rollouts = running.process.ranks.agree(lambda: rollouts_of(responses))
-        stats = call.statistics(responses, model)
+        rollouts, stats = self._answer(call, self.strategy_selector)
         self._drafter_watch.look(stats)
         self._stats = dataclasses.replace(stats, drafter_failures=self._drafter_watch.take())
         if self.on_idle is not None and self.others_generate():
             self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
         return rollouts
 
-    def _deciding_selector(self, running: RunningEngine) -> StrategySelector | None:
+    def _answer(
+        self, call: GenerateCall, selector: StrategySelector
+    ) -> tuple[list[Rollout], EngineStats]:
+        """What the call asks for, under this selector, and what was done for it."""
+        running, model = self._started(), self._started().model
+
+        def requests() -> list[GenerateRequest]:
+            self._check_ready(running, selector, call.return_hidden_states)
+            return call.requests(model)
+
+        def rollouts_of(responses: SharedResponses) -> list[Rollout]:
+            if responses.report is not None:
+                take_back(selector, responses.report)
+            return call.rollouts(responses, model, self.policy_version)
+
+        asked = running.process.gather_requests(requests, call.options(model))
+        responses = generate_under(
+            self._deciding(selector, running),
+            asked,
+            process=running.process,
+            model=model,
+            sampling=call.sampling,
+            max_batch_size=self._options.max_batch_size,
+            timeout_s=self._options.generate_timeout_s,
+        )
+        rollouts = running.process.ranks.agree(lambda: rollouts_of(responses))
+        return rollouts, call.statistics(responses, model)
+
+    def _deciding(
+        self, selector: StrategySelector, running: RunningEngine
+    ) -> StrategySelector | None:
         """None for stock SGLang, which has one strategy. Without a sound drafter none of its
         strategies can be chosen, whichever selector is set by now."""
         if running.pool is None:
             return None
         if self._drafter_watch.failure is not None or self._is_drafter_rejected:
-            if isinstance(self.strategy_selector, FixedStrategy):
+            if isinstance(selector, FixedStrategy):
                 return FixedStrategy("off")
-            self.strategy_selector.exclude(running.pool.trees)
-        return self.strategy_selector
+            selector.exclude(running.pool.trees)
+        return selector
 
     def probe(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int = 0
     ) -> list[Rollout]:
-        """One response a prompt, for a check; see `RolloutEngine.probe`."""
-        stats, on_idle, selector = self._stats, self.on_idle, self.strategy_selector
-        self.on_idle = None
-        if self._started().pool is not None:
-            self.strategy_selector = FixedStrategy("off")  # a bandit learns nothing from a check
-        try:
-            rollouts = self.generate(prompts, sampling, seed=seed)
-            self._drafter_watch.put_back(self._stats.drafter_failures)
-        finally:
-            self._stats, self.on_idle, self.strategy_selector = stats, on_idle, selector
+        """One response a prompt, for a check; see `RolloutEngine.probe`.
+
+        Of a pool all strategies take their turn, step by step, and from one probe to the next: what
+        verifies drafts is checked as well as plain decoding.
+        """
+        selector, pool = self.strategy_selector, self._started().pool
+        if pool is not None:
+            names = [str(strategy) for strategy in pool.allowed(len(prompts))]
+            start = self._num_probe_steps % len(names)
+            selector = InTurns(names[start:] + names[:start])
+        call = GenerateCall(prompts=prompts, sampling=sampling, seed=seed)
+        rollouts, stats = self._answer(call, selector)
+        self._num_probe_steps += stats.num_steps
         return rollouts
 
-    def _check_ready(self, running: RunningEngine, return_hidden_states: bool) -> None:
+    def _check_ready(
+        self, running: RunningEngine, selector: StrategySelector, return_hidden_states: bool
+    ) -> None:
         running.weights.check_whole()
         strategies = running.model.strategies
         if running.pool is not None:
-            check_in_pool(self.strategy_selector, strategies)
+            check_in_pool(selector, strategies)
         elif (wanted := self._strategies_to_run()) != strategies:
             raise ValueError(
                 f"the engine runs strategy {strategies[0]}, which stock SGLang cannot change to "

@@ -10,8 +10,10 @@ Leaves out any decision: what to generate and which weights fit is settled in th
 from __future__ import annotations
 
 import argparse
+import asyncio
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -24,16 +26,18 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastrl.rollout.engine import StrategySelector
-from fastrl.rollout.sglang_comparison import COMPARERS, is_drafter
+from fastrl.rollout.sglang_comparison import COMPARERS, REMEMBERERS, is_drafter
+from fastrl.rollout.sglang_hidden_states import in_order
 from fastrl.rollout.sglang_plugin import ALGORITHM, RPC_PREFIX, packed, unpacked
 from fastrl.rollout.sglang_pool import StrategyPool
-from fastrl.rollout.sglang_process import RawResponse, Role, StartedEngine
+from fastrl.rollout.sglang_process import Outcome, RawResponse, Role, StartedEngine
 from fastrl.rollout.sglang_steps import Rehearsal, RequestSteps, SessionReport
 
 _WATCH_INTERVAL_S = 0.5
+_RPC_TIMEOUT_S = 120
+"""A scheduler answers between two steps, or two chunks of a prefill."""
 _OLDEST, _TOO_NEW = (0, 5, 17), (0, 5, 22)
 
 
@@ -59,17 +63,21 @@ class EngineHost:
         import sglang
 
         server_args = dict(server_args)
-        if pool is not None:
+        if pool is not None or server_args["enable_return_hidden_states"]:
             _check_plugin()
+        if pool is not None:
             pool.write_to(os.environ)
-        loaders = [*(server_args.get("custom_weight_loader") or []), *COMPARERS.values()]
+        loaders = list(server_args.get("custom_weight_loader") or [])
+        loaders += [*COMPARERS.values(), *REMEMBERERS.values()]
         if not self._has_update_sessions:
             loaders.append(DRAFTER_LOADER)
         server_args["custom_weight_loader"] = loaders
         self._engine = sglang.Engine(**server_args)
         scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
         return StartedEngine(
-            sglang_version=self._version_text, pool_tokens=int(scheduler["max_total_num_tokens"])
+            sglang_version=self._version_text,
+            pool_tokens=int(scheduler["max_total_num_tokens"]),
+            processes=tuple(self._engine.get_all_child_pids()),
         )
 
     # -- generation -------------------------------------------------------------------------------
@@ -83,7 +91,7 @@ class EngineHost:
         selector: StrategySelector | None,
     ) -> tuple[list[RawResponse], SessionReport | None]:
         """One response a prompt; with a selector, which chooses each step's strategy, what the
-        steps did.
+        steps did. A request that SGLang gives up has the response `abort`; the others go on.
 
         A prefix found in the cache has no hidden states, so where they are asked for, each request
         gets a part of the cache of its own.
@@ -93,23 +101,26 @@ class EngineHost:
         if selector is not None:
             self._ask("begin", selector=selector, rehearsal=None)
         keys = [f"{time.monotonic_ns()}-{number}" for number in range(len(prompts))]
-        request = GenerateReqInput(
-            rid=list(keys),
-            input_ids=[list(prompt) for prompt in prompts],
-            sampling_params=[dict(one) for one in sampling],
-            return_logprob=True,
-            top_logprobs_num=num_top_logprobs,
-            return_hidden_states=return_hidden_states,
-            extra_key=keys if return_hidden_states else None,
-        )
-        answers = self._wait(anext(self._engine.tokenizer_manager.generate_request(request, None)))
+        requests = [
+            GenerateReqInput(
+                rid=key,
+                input_ids=list(prompt),
+                sampling_params=dict(parameters),
+                return_logprob=True,
+                top_logprobs_num=num_top_logprobs,
+                return_hidden_states=return_hidden_states,
+                extra_key=key if return_hidden_states else None,
+            )
+            for key, prompt, parameters in zip(keys, prompts, sampling, strict=True)
+        ]
+        answers = self._wait(self._answers(requests))
         report: SessionReport | None = None
         if selector is not None:
             report = self._ask("finish")
         steps = {} if report is None else report.requests
         raws = [
-            _raw_response(answer["output_ids"], answer["meta_info"], num_top_logprobs)
-            for answer in answers
+            _raw_response(answer, len(prompt), num_top_logprobs)
+            for answer, prompt in zip(answers, prompts, strict=True)
         ]
         if report is not None:  # one that ended with its prefill has none
             raws = [
@@ -118,6 +129,16 @@ class EngineHost:
             ]
             report = replace(report, requests={})
         return raws, report
+
+    async def _answers(self, requests: Sequence[Any]) -> list[Any]:
+        """To all requests; of one that SGLang refuses or gives up, the exception.
+
+        Sent as one, the first exception would be all that comes back, while the others still run.
+        """
+        ask = self._engine.tokenizer_manager.generate_request
+        return await asyncio.gather(
+            *(anext(ask(request, None)) for request in requests), return_exceptions=True
+        )
 
     def serve_rehearse(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], rehearsal: Rehearsal
@@ -140,15 +161,18 @@ class EngineHost:
         return gib
 
     def _ask(self, method: str, **arguments: Any) -> Any:
-        """FastRL's worker, over SGLang's RPC."""
+        """FastRL's worker, over SGLang's RPC; waiting does not let SGLang see its scheduler die."""
         from sglang.srt.entrypoints import engine as transport
         from sglang.srt.managers.io_struct import RpcReqInput
 
         request = RpcReqInput(
             method=f"{RPC_PREFIX}{method}", parameters={"packed": packed(arguments)}
         )
-        transport.sock_send(self._engine.send_to_rpc, request)
-        answer = transport.sock_recv(self._engine.send_to_rpc)
+        connection = self._engine.send_to_rpc
+        transport.sock_send(connection, request)
+        if not connection.poll(1000 * _RPC_TIMEOUT_S):
+            raise TimeoutError(f"SGLang's scheduler did not answer {method} in {_RPC_TIMEOUT_S} s")
+        answer = transport.sock_recv(connection)
         if not answer.success:
             raise RuntimeError(f"FastRL's worker refused {method}: {answer.message}")
         return unpacked(answer.message)
@@ -170,6 +194,10 @@ class EngineHost:
     def serve_compare(self, role: Role, payloads: Sequence[bytes]) -> None:
         """Have each rank compare its bucket with its weights (sglang_comparison.py), and report."""
         self._update(role, payloads, loader=COMPARERS[role])
+
+    def serve_remember(self, role: Role, payloads: Sequence[bytes]) -> None:
+        """Have each rank keep its buffers, to compare with later; the buckets are empty."""
+        self._update(role, payloads, loader=REMEMBERERS[role])
 
     def _update(self, role: Role, payloads: Sequence[bytes], *, loader: str | None) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
@@ -241,8 +269,9 @@ def _check_plugin() -> None:
     """SGLang finds plugins by the metadata of installed packages."""
     if not any(found.name == "fastrl" for found in entry_points(group="sglang.srt.plugins")):
         raise RuntimeError(
-            f"SGLang finds no plugin of FastRL, which algorithm {ALGORITHM} comes with: install "
-            f"the package in the environment of SGLang (pip install -e .), a PYTHONPATH does not do"
+            f"SGLang finds no plugin of FastRL, which algorithm {ALGORITHM} and the hidden states "
+            f"of whole prompts come with: install the package in the environment of SGLang "
+            f"(pip install -e .), a PYTHONPATH does not do"
         )
 
 
@@ -256,9 +285,14 @@ def load_drafter_only(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> N
 
 
 def _raw_response(
-    tokens: Sequence[int], meta: Mapping[str, Any], num_top_logprobs: int
+    answer: Mapping[str, Any] | BaseException, num_prompt_tokens: int, num_top_logprobs: int
 ) -> RawResponse:
+    if isinstance(answer, BaseException):
+        return _given_up(f"{type(answer).__name__}: {answer}")
+    meta = answer["meta_info"]
     finish = meta["finish_reason"]
+    if finish["type"] == "abort":
+        return _given_up(finish["message"])
     top_logprobs_TK = None
     if num_top_logprobs:
         top_logprobs_TK = np.array(
@@ -266,20 +300,30 @@ def _raw_response(
             dtype=np.float32,
         ).reshape(-1, num_top_logprobs)
     return RawResponse(
-        tokens=tuple(tokens),
+        tokens=tuple(answer["output_ids"]),
         logprobs=tuple(entry[0] for entry in meta["output_token_logprobs"]),
         top_logprobs_TK=top_logprobs_TK,
         finish_type=finish["type"],
-        finish_detail=str(finish.get("matched", finish.get("message", ""))),
+        finish_detail=str(finish.get("matched", "")),
         num_cached_tokens=int(meta["cached_tokens"]),
         steps_by_num_accepted=tuple(meta.get("spec_correct_drafts_histogram", ())),
-        hidden_TD=_hidden_states(meta["hidden_states"]) if "hidden_states" in meta else None,
+        hidden_TD=in_order(meta["hidden_states"], num_prompt_tokens)
+        if "hidden_states" in meta
+        else None,
     )
 
 
-def _hidden_states(parts: Sequence[Any]) -> NDArray[np.float32]:
-    """From rows (a decode step's tokens) and lists of rows (a prefill's) to one array."""
-    return np.concatenate([np.atleast_2d(np.array(part, dtype=np.float32)) for part in parts])
+def _given_up(why: str) -> RawResponse:
+    return RawResponse(
+        tokens=(),
+        logprobs=(),
+        top_logprobs_TK=None,
+        finish_type="abort",
+        finish_detail=why,
+        num_cached_tokens=0,
+        steps_by_num_accepted=(),
+        hidden_TD=None,
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -301,6 +345,9 @@ def main() -> None:
     multiprocessing.current_process().authkey = connection.recv()
     try:
         _serve(connection)
+    except BaseException:
+        traceback.print_exc()  # nothing of this process comes after the end of its group
+        sys.stderr.flush()
     finally:
         _end_group()
 
@@ -309,17 +356,23 @@ def _serve(connection: Connection[Any, Any]) -> None:
     host: EngineHost | None = None
     while True:
         try:
-            request, arguments = connection.recv()
+            message = connection.recv_bytes()
         except EOFError:
             return
+        try:
+            request, arguments = pickle.loads(message)
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((Outcome.UNREAD, f"{type(error).__name__}: {error}"))
+            continue
         try:
             host = host or EngineHost()
             answer = getattr(host, f"serve_{request}")(**arguments)
         except Exception as error:
             traceback.print_exc()
-            connection.send((False, f"{type(error).__name__}: {error}"))
+            connection.send((Outcome.FAILED, f"{type(error).__name__}: {error}"))
         else:
-            connection.send((True, answer))
+            connection.send((Outcome.ANSWERED, answer))
 
 
 def _end_with(trainer: int) -> None:

@@ -4,7 +4,8 @@ SGLang loads `register` by the entry point in group `sglang.srt.plugins` (setup.
 processes. It registers the algorithm `FASTRL`, which is SGLang's own EAGLE in all but the worker
 (sglang_worker.py), and lets the trainer's side talk to that worker over SGLang's RPC: a request
 whose method begins with `fastrl_` is answered by the worker, and its answer goes back in the
-message. An SGLang that runs another algorithm is left as it is.
+message. An SGLang that runs another algorithm is left as it is, but for hidden states
+(sglang_hidden_states.py) and the drafter's embedding (sglang_shared_embedding.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from fastrl.rollout.sglang_hidden_states import keep_all_chunks
 from fastrl.rollout.sglang_shared_embedding import register as share_embedding_early
 
 ALGORITHM = "FASTRL"
@@ -33,6 +35,7 @@ def register() -> None:
     )
     enter(_worker_class)
     share_embedding_early()
+    keep_all_chunks()
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.handle_rpc_request",
         _answer_rpc,

@@ -42,6 +42,11 @@ class StrategyPool:
         """`off` first."""
         return [OFF, *self.trees]
 
+    def allowed(self, batch_size: int) -> list[DraftStrategy]:
+        """Those that may be chosen for so many live rows; `off` first."""
+        limits = {strategy: self.largest_batch.get(strategy) for strategy in self.strategies}
+        return [one for one, limit in limits.items() if limit is None or batch_size <= limit]
+
     @property
     def depth(self) -> int:
         """Of the deepest tree."""

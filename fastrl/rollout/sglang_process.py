@@ -4,7 +4,9 @@ SGLang kills its own parent with SIGKILL when a scheduler of it fails, so the `s
 started here but in a child (sglang_host.py) that leads a process group of its own. This file starts
 the child, sends it one message at a time, each with a time limit, and ends the whole group when
 anything goes wrong: an engine that does not start, dies or hangs becomes an `EngineError` that
-quotes its log. When the trainer is killed, the child sees it and ends its group by itself.
+quotes its log. SGLang does not see one of its processes die while it waits for an answer of it, so
+that is looked after here. When the trainer is killed, the child sees it and ends its group by
+itself.
 
 Leaves out what the messages mean, and imports nothing of SGLang: the trainer stays free of it.
 """
@@ -17,8 +19,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -33,6 +36,7 @@ Role = Literal["target", "draft"]
 
 _LOG_LINES = 25
 _END_TIMEOUT_S = 30.0
+_LOOK_INTERVAL_S = 1.0
 _LAUNCHER_VARIABLES = frozenset(
     {
         "RANK",
@@ -50,6 +54,16 @@ _LAUNCHER_VARIABLES = frozenset(
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ROLE_", "PET_", "PL_")
 
 
+class Outcome(Enum):
+    """What became of a request, in the child's words."""
+
+    ANSWERED = "answered"
+    FAILED = "failed"
+    """It raised: the engine's state is unknown."""
+    UNREAD = "unread"
+    """It could not be unpickled: the engine is as it was."""
+
+
 class EngineError(RuntimeError):
     """SGLang did not start, died, hung, or refused a request; its processes have been ended."""
 
@@ -61,6 +75,8 @@ class StartedEngine:
     sglang_version: str
     pool_tokens: int
     """Tokens that the KV cache can hold."""
+    processes: tuple[int, ...]
+    """Ids of those that it needs: schedulers and detokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +130,7 @@ class EngineProcess:
                 start_new_session=True,  # a group of its own; Ctrl-C is the trainer's alone
             )
         self._connection: Connection[Any, Any] = ours
+        self._needed: dict[int, str] = {}
         self._has_ended = False
         self.has_failed = False
         """Whether it ended by an error, which its log then tells of."""
@@ -135,24 +152,47 @@ class EngineProcess:
         """The file that everything it prints goes to."""
         return self._log_path
 
+    def watch(self, processes: Iterable[int]) -> None:
+        """From now on the engine has died when one of these processes of its group has."""
+        self._needed = {pid: _title(pid) for pid in processes}
+
     def call(self, request: str, timeout_s: float, **arguments: Any) -> Any:
         """Have the child run one of its `serve_…` functions, and return what that returns.
 
-        Raises EngineError if it raises, dies, or has not answered after `timeout_s` seconds; the
-        group is ended before.
+        Raises:
+            EngineError: it raises, dies, loses a process that it needs, or has not answered after
+                `timeout_s` seconds; the group is ended before.
+            ValueError: the arguments cannot be unpickled there; it serves on.
         """
         if self._has_ended:
             raise EngineError(f"{request!r}: the SGLang engine has ended; start it anew")
         try:
             self._connection.send((request, arguments))
-            if not self._connection.poll(timeout_s):
-                self._fail(f"did not answer {request!r} within {timeout_s:.0f} s")
-            is_answer, answer = self._connection.recv()
+            self._wait_for_answer(request, timeout_s)
+            outcome, answer = self._connection.recv()
         except (EOFError, OSError):
             self._fail(f"died during {request!r} ({self._exit_status()})")
-        if not is_answer:
+        if outcome is Outcome.UNREAD:
+            raise ValueError(
+                f"the SGLang engine's process cannot unpickle what {request!r} was given: "
+                f"{answer}. Classes of a strategy selector must be found there by import: define "
+                f"them in a module on the PYTHONPATH, not in the script that is run. The engine "
+                f"goes on"
+            )
+        if outcome is Outcome.FAILED:
             self._fail(f"failed at {request!r}: {answer}")
         return answer
+
+    def _wait_for_answer(self, request: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while (seconds := deadline - time.monotonic()) > 0:
+            if self._connection.poll(min(seconds, _LOOK_INTERVAL_S)):
+                return
+            living = living_members(self.group)
+            lost = [f"{pid} ({title})" for pid, title in self._needed.items() if pid not in living]
+            if lost and not self._connection.poll():
+                self._fail(f"died during {request!r}: its process {', '.join(lost)} is gone")
+        self._fail(f"did not answer {request!r} within {timeout_s:.0f} s")
 
     def end(self) -> None:
         """Kill every process of the group, and wait until they are gone; safe to call twice."""
@@ -204,6 +244,15 @@ def living_members(group: int) -> list[int]:
         if int(its_group) == group and state not in "ZX":
             members.append(int(pid))
     return sorted(members)
+
+
+def _title(pid: int) -> str:
+    """What a process is called: SGLang's name themselves by what they do."""
+    command = Path(f"/proc/{pid}/cmdline")
+    try:
+        return command.read_text("utf-8", errors="replace").replace("\0", " ").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return "already ended"
 
 
 def _scrubbed(environment: Mapping[str, str]) -> dict[str, str]:

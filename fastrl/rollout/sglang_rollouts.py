@@ -145,12 +145,16 @@ def as_rollout(
             f"dtype is too narrow for them"
         )
     if raw.finish_type == "abort":
-        raise RuntimeError(f"{name}: SGLang gave the request up: {raw.finish_detail}")
+        raise RuntimeError(
+            f"{name}: SGLang gave the request up ({raw.finish_detail}). No rollout of this call is "
+            f"kept; the engine goes on"
+        )
     num_rows = len(prompt.tokens) + len(raw.tokens) - 1
     if raw.hidden_TD is not None and len(raw.hidden_TD) != num_rows:
         raise RuntimeError(
             f"{name}: SGLang returned hidden states of {len(raw.hidden_TD)} tokens instead of "
-            f"{num_rows}; is the prompt longer than server_args.chunked_prefill_size?"
+            f"{num_rows}: FastRL's plugin, which keeps those of all chunks of a prefill, does not "
+            f"run in it; is it left out by the variable SGLANG_PLUGINS?"
         )
     return Rollout(
         prompt=prompt,

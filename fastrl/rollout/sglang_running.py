@@ -94,7 +94,9 @@ def start_engine(
         engine: StartedEngine = process.call(
             "start", options.start_timeout_s, server_args=files.server_args, pool=pool
         )
+        process.watch(engine.processes)
         weights = ServedWeights(process, files.config, files.drafter, options)
+        weights.remember_buffers()
         weights.check_names()
         if files.drafter is not None:
             weights.publish_drafter(list(files.drafter.named_weights()), version=-1)

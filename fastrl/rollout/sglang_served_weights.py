@@ -69,6 +69,12 @@ class ServedWeights:
         weights are lost by it."""
         check_every_weight_is_reached(self._process, self.policy, self.drafter)
 
+    def remember_buffers(self) -> None:
+        """What the models hold beside weights is as it should be: comparisons go by it."""
+        self.policy.remember_buffers()
+        if self.drafter is not None:
+            self.drafter.remember_buffers()
+
     def publish_policy(self, named_tensors: NamedTensors, version: int) -> None:
         """Send all of the policy's weights; see `WeightPublisher.publish`."""
         self._has_policy, self.policy_version = False, -1

@@ -93,7 +93,8 @@ class WeightPublisher:
         self._send("update", self._buckets(named_tensors))
 
     def compare(self, named_tensors: NamedTensors) -> list[WeightDifference]:
-        """Send all weights as `publish` does, to be held against those that are served.
+        """Send all weights as `publish` does, to be held against those that are served; and have
+        buffers held against those that were remembered.
 
         Takes what a publication takes, in time and in bandwidth. Raises as `publish` does.
         """
@@ -102,9 +103,13 @@ class WeightPublisher:
             self._send("compare", self._buckets(named_tensors), folder_entry(folder))
             return ranks.lead(lambda: read_differences(folder, self._num_readers * ranks.size))
 
+    def remember_buffers(self) -> None:
+        """Have SGLang keep what it holds beside weights, for `compare` to hold against."""
+        self._send("remember", iter([[]]))
+
     def _send(
         self,
-        request: Literal["update", "compare"],
+        request: Literal["update", "compare", "remember"],
         buckets: Iterator[list[tuple[str, Tensor]]],
         *first: tuple[str, Tensor],
     ) -> None:

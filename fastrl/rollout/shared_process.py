@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -103,6 +103,11 @@ class SharedProcess:
         """Those that share it."""
         return self._group
 
+    def watch(self, processes: Iterable[int]) -> None:
+        """As `EngineProcess.watch`, on the leader."""
+        if self._own is not None:
+            self._own.watch(processes)
+
     def call(self, request: str, timeout_s: float, **arguments: Any) -> Any:
         """As `EngineProcess.call`, with the leader's arguments; all ranks get answer or error."""
         return self._watched(
@@ -111,7 +116,7 @@ class SharedProcess:
 
     def send_bucket(
         self,
-        request: Literal["update", "compare"],
+        request: Literal["update", "compare", "remember"],
         role: Role,
         next_payloads: Callable[[], list[bytes] | None],
         timeout_s: float,
@@ -119,7 +124,7 @@ class SharedProcess:
         """Send a bucket of weights: the payloads of all ranks, in their order.
 
         Args:
-            request: whether it is to be served, or to be held against what is.
+            request: whether it is to be served, or to be held against what is; or is empty.
             role: which model it is of.
             next_payloads: this rank's payloads for SGLang's ranks on its GPUs, kept alive until
                 this returns; None after the last bucket.

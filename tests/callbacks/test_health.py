@@ -154,7 +154,7 @@ def test_a_sound_run_passes_and_logs_the_gap(tmp_path: Path) -> None:
 
 
 def test_a_spoilt_policy_raises_before_anything_is_generated_from_it(tmp_path: Path) -> None:
-    run = Run(tmp_path, spoil_policy, every_n_publications=1, on_drafter_failure="fall_back")
+    run = Run(tmp_path, spoil_policy, num_canaries=0, on_drafter_failure="fall_back")
     with pytest.raises(WeightError, match=r"policy version 2 .* model\.norm\.weight: all zero"):
         run.fit()
     assert run.data.num_generated == 2

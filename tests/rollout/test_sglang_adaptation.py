@@ -3,20 +3,23 @@
 The kernels are stand-ins (tests/sglang_cpu); what switches, reads and counts is what runs on a GPU.
 """
 
+import copy
 import itertools
 import time
+from collections import Counter
 
 import pytest
 import torch
 from check_sglang import chi_square_p_value, joint_distribution
 
 from fastrl.rollout.bandit import FixedStrategy, InTurns
+from fastrl.rollout.canary import canary_gap
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.model_bandit import ModelBased
 from fastrl.rollout.sglang_rollouts import longest_sequence
 from fastrl.types import FinishReason, SamplingParams, StepStats
 from tests.rollout.test_sglang_engine import GREEDY, echoing_drafter
-from tests.rollout.tiny_models import make_prompts
+from tests.rollout.tiny_models import make_prompts, make_target
 
 pytestmark = pytest.mark.sglang
 
@@ -202,6 +205,32 @@ def test_hidden_states_are_those_of_a_plain_forward_while_switching(switching, t
         with torch.no_grad():
             expected = target_model.model(tokens).last_hidden_state[0]
         torch.testing.assert_close(rollout.hidden_states, expected, atol=3e-5, rtol=1e-4)
+
+
+def test_canaries_go_through_all_strategies_and_teach_nothing(
+    switching, target_model, tmp_path, monkeypatch
+):
+    switching.load_drafter(echoing_drafter(target_model).items(), version=0)
+    bandit = ModelBased(["3_1_4", "3_4_8"])
+    switching.strategy_selector = bandit
+    learned, watched = copy.deepcopy(bandit.state_dict()), vars(switching._drafter_watch.health)
+    watched = copy.deepcopy(watched)
+    seen: Counter[str] = Counter()
+    generate = switching.process.generate
+
+    def counting(*arguments):
+        responses = generate(*arguments)
+        seen.update(responses.report.stats.steps_by_strategy)
+        return responses
+
+    monkeypatch.setattr(switching.process, "generate", counting)
+    for _ in range(2):
+        assert canary_gap(switching, target_model, 4) < 1e-4
+    assert set(seen) == {"off", *POOL}
+    assert canary_gap(switching, make_target(tmp_path, seed=1), 4) > 0.5
+    assert switching.strategy_selector is bandit
+    assert bandit.state_dict() == learned
+    assert vars(switching._drafter_watch.health) == watched
 
 
 def test_a_rejected_drafter_is_left_until_the_next_one(switching, target_model):

@@ -1,6 +1,8 @@
 """Known failures of others on real SGLang: each is silent without the check, and named by it."""
 
+import dataclasses
 import json
+import shutil
 import warnings
 from contextlib import contextmanager
 
@@ -169,9 +171,12 @@ def test_a_policy_weight_zeroed_behind_the_publisher(served, target_model, good_
         check(served, target_model, good_drafter)
 
 
-def test_canaries_tell_wrong_weights_whatever_their_names(served, target_model, tmp_path):
+@pytest.mark.parametrize("tolerance", [1e-3, 0.1])  # the second is WeightHealth's default
+def test_canaries_tell_wrong_weights_whatever_their_names(
+    served, target_model, tmp_path, tolerance
+):
     """The comparison is not due: only what the engine computes can tell."""
-    weight_check = WeightCheck(every_n_publications=100, num_canaries=4, canary_tolerance=1e-3)
+    weight_check = WeightCheck(every_n_publications=100, num_canaries=4, canary_tolerance=tolerance)
     tensors = target_model.named_parameters
     gap = weight_check.check_policy(served, target_model, tensors)
     assert gap is not None
@@ -217,6 +222,46 @@ def test_without_its_drafter_the_engine_goes_on_until_the_next(
     engine.load_policy(target_model.named_parameters(), version=0)
     assert [rollout.tokens for rollout in engine.generate(make_prompts(3), GREEDY)] == expected
     assert engine.stats().accept_length > 1.1
+    engine.close()
+
+
+# -- memory that was given back -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares_rotary_cache", [True, False])
+def test_buffers_that_come_back_as_garbage(
+    start_sglang, folders, target_model, good_drafter, tmp_path, monkeypatch, shares_rotary_cache
+):
+    """SGLang restores the policy's alone. (On a CPU no memory is given back, but zeroed.)"""
+    shutil.copytree(folders[1], tmp_path / "drafter")
+    if not shares_rotary_cache:
+        config_file = tmp_path / "drafter" / "config.json"
+        config = json.loads(config_file.read_text())
+        config["max_position_embeddings"] *= 2
+        config_file.write_text(json.dumps(config))
+    monkeypatch.setenv("FASTRL_TEST_LOSE_MEMORY", "1")
+    engine = start_sglang(strategy="3_4_8", drafter_path=str(tmp_path / "drafter"))
+
+    def publish() -> None:
+        engine.load_policy(target_model.named_parameters(), version=0)
+        engine.load_drafter(good_drafter.items(), version=0)
+
+    publish()
+    before = accept_length(engine)
+    assert check(engine, target_model, good_drafter) is None
+    engine._options = dataclasses.replace(engine._options, memory_saver=True)
+    engine.sleep()
+    engine.wake()
+    publish()
+    failure = check(engine, target_model, good_drafter)  # of the policy's nothing is wrong
+    if shares_rotary_cache:
+        assert failure is None
+        assert accept_length(engine) == before
+    else:
+        assert failure is not None
+        assert failure.endswith(
+            "as published: buffer model.layers.0.self_attn.rotary_emb.cos_sin_cache: all zero"
+        )
     engine.close()
 
 

@@ -1,5 +1,6 @@
 """The engine's process group without an engine in it: SGLang is not needed."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -50,6 +51,27 @@ def test_an_unknown_request_is_an_error_that_ends_it(process):
     assert process.has_failed
 
 
+def test_what_it_cannot_unpickle_is_refused_and_it_goes_on(process, tmp_path, monkeypatch):
+    (tmp_path / "ours_alone.py").write_text("class Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    thing = importlib.import_module("ours_alone").Thing()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"cannot unpickle what 'start' .*ours_alone"):
+            process.call("start", timeout_s=60, server_args=thing)
+    assert living_members(process.group) == [process.group]
+    assert "Traceback" in process.log_path.read_text()
+
+
+def test_an_answer_that_cannot_be_sent_leaves_its_reason(process):
+    """The child raises where it expects nothing to: its log still tells."""
+    os.kill(process.group, signal.SIGSTOP)
+    process._connection.send_bytes(b"")  # unread, and its refusal finds nobody
+    process._connection.close()
+    os.kill(process.group, signal.SIGCONT)
+    assert wait_until(lambda: living_members(process.group) == [])
+    assert "BrokenPipeError" in process.log_path.read_text()
+
+
 def test_silence_ends_at_the_time_limit(process):
     os.kill(process.group, signal.SIGSTOP)
     started = time.monotonic()
@@ -72,6 +94,25 @@ def test_the_end_of_the_log_is_quoted(process):
         process.call("start", timeout_s=60, server_args={})
     assert "line 80" in str(error.value)
     assert "line 50" not in str(error.value)
+
+
+def test_a_process_that_it_needs_is_missed(tmp_path, monkeypatch):
+    """`sleep` stands for a scheduler, whose end its parent does not look at."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import subprocess; subprocess.Popen(['sleep', '60'])\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    process = EngineProcess(tmp_path / "engine.log")
+    assert wait_until(lambda: len(living_members(process.group)) == 2)
+    (needed,) = set(living_members(process.group)) - {process.group}
+    process.watch([needed])
+    os.kill(process.group, signal.SIGSTOP)  # it will not answer
+    os.kill(needed, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=rf"its process {needed} \(sleep 60\) is gone"):
+        process.call("start", timeout_s=60)
+    assert time.monotonic() - started < 5
+    assert living_members(process.group) == []
 
 
 def test_ending_takes_grandchildren_along_and_can_be_repeated(tmp_path, monkeypatch):

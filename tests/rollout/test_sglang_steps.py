@@ -256,6 +256,8 @@ def test_a_pool_goes_through_the_environment_and_bounds_graphs():
     captured = [1, 2, 4, 8, 16, 24, 32]
     assert pool.batch_sizes(CHAIN, captured) == pool.batch_sizes(OFF, captured) == captured
     assert pool.batch_sizes(large, captured) == [1, 2, 4, 8, 16, 24]
+    assert pool.allowed(20) == [OFF, CHAIN, large]
+    assert pool.allowed(21) == [OFF, CHAIN]
     assert StrategyPool(largest_batch={large: 16}).batch_sizes(large, captured) == captured[:5]
     assert StrategyPool(largest_batch={large: 99}).batch_sizes(large, captured) == captured
     with pytest.raises(RuntimeError, match="FASTRL_STRATEGIES is not set"):

@@ -298,6 +298,9 @@ class RecordingEngine:
     def load_drafter(self, named_tensors, version: int) -> None:
         self.events.append(("load_drafter", len(dict(named_tensors))))
 
+    def graph_memory(self) -> dict[str, float]:
+        return {"off": 0.5, "all": 1.25} if len(self.strategy_selector.strategies) > 1 else {}
+
     def close(self) -> None:
         self.events.append(("close",))
 

@@ -13,6 +13,7 @@ def activate():
     _verify_by_sampling()
     _allow_seeded_sampling()
     _report_embeddings()
+    _lose_memory()
     torch.cuda.synchronize = lambda device=None: None  # its checksums wait for a GPU
 
 
@@ -56,3 +57,23 @@ def _report_embeddings():
     HookRegistry.register(name, report, HookType.BEFORE)
     if "FASTRL_TEST_SHARED" in os.environ:
         sglang_shared_embedding.register()
+
+
+def _lose_memory():
+    """For the test of buffers: memory that was given back comes back as zeros, as on a GPU."""
+    if "FASTRL_TEST_LOSE_MEMORY" not in os.environ:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    @torch.no_grad()
+    def lose(manager, request):
+        models = [manager.tp_worker.model_runner.model]
+        models.append(manager.draft_worker._draft_worker.draft_runner.model)
+        for model in models:
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.zero_()
+
+    updater = (
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+    )
+    HookRegistry.register(f"{updater}.resume_memory_occupation", lose, HookType.BEFORE)
