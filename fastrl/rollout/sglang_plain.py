@@ -10,8 +10,8 @@ The drafter does not read along. The target's hidden states are kept, and read b
 when a tree is next, or all but the last, without logits, when they fill their buffer. Leaves out
 which steps are plain ones.
 
-Shape legend: B rows of a batch, R rows of SGLang's request pool, W unread tokens, D width of the
-hidden states, V vocabulary.
+Shape legend: B rows of a batch, G of them read together, R rows of SGLang's request pool, W unread
+tokens, D width of the hidden states, T longest context, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleDraftI
 from sglang.srt.speculative.eagle_utils import get_draft_recurrent_hidden_state_spec
 from sglang.srt.speculative.eagle_worker_common import prepare_for_draft_extend
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-from sglang.srt.speculative.spec_utils import fast_topk, renorm_draft_probs
+from sglang.srt.speculative.spec_utils import fast_topk
 from torch import Tensor
 
 from fastrl.rollout.sglang_pool import StrategyPool
@@ -90,14 +91,11 @@ class PlainSteps:
         self._req_to_token_RT = worker.req_to_token_pool.req_to_token
         self._device = worker.device
         width, dtype = get_draft_recurrent_hidden_state_spec(self._drafter.draft_runner)
-        num_rows, row_width = self._req_to_token_RT.shape
+        num_rows = len(self._req_to_token_RT)
         self._reserved = max(pool.topk * pool.depth, pool.verify_tokens)
-        longest = self._target.model_config.context_len - self._reserved
-        self._width = min(MOST_UNREAD_TOKENS, row_width - longest)
-        # Of all rows together, no more than a prefill, which SGLang keeps memory for.
         prefill_tokens = worker.server_args.chunked_prefill_size
         self._tokens_at_once = prefill_tokens if (prefill_tokens or 0) > 0 else _PREFILL_TOKENS
-        shape = (num_rows, self._width)
+        shape = (num_rows, MOST_UNREAD_TOKENS)
         self._hidden_RWD = torch.zeros((*shape, width), dtype=dtype, device=self._device)
         self._token_RW = torch.zeros(shape, dtype=torch.int64, device=self._device)
         self._num_unread_R = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
@@ -145,6 +143,9 @@ class PlainSteps:
         result = self._worker._target_worker.forward_batch_generation(
             view, capture_hidden_mode=CaptureHiddenMode.FULL
         )
+        if self._worker.rank_group is not None:
+            # As SGLang does after a verification: ranks must go on with the same tokens.
+            self._worker.rank_group.broadcast(result.next_token_ids, src=0)
         output = result.logits_output
         if output.next_token_logprobs is not None:
             output.next_token_logprobs = output.next_token_logprobs.view(-1, 1)
@@ -177,7 +178,7 @@ class PlainSteps:
         carried.topk_p = self._no_topk_p_1K.expand(num_rows, -1)
         carried.topk_index = self._no_topk_index_1K.expand(num_rows, -1)
         carried.hidden_states = self._no_hidden_1D.expand(num_rows, -1)
-        if most < min(self._width, max(2, self._tokens_at_once // num_rows)):
+        if most < MOST_UNREAD_TOKENS:
             # It waits for the drafter, which in this step reads nothing.
             move_read_done(self._target, to=self._drafter.draft_runner)
         else:
@@ -193,88 +194,125 @@ class PlainSteps:
         if not any(request.rid in self._num_unread for request in batch.reqs):
             return
         counts = [self._num_unread.pop(request.rid, 0) for request in batch.reqs]
-        count_B = self._num_unread_R[batch.req_pool_indices]
-        self._num_unread_R.index_fill_(0, batch.req_pool_indices, 0)
-        row_B = torch.arange(len(counts), device=self._device)
-        last_B = row_B * max(counts) + (count_B - 1).clamp(min=0)
-        output = self._forward(batch, counts, count_B, select_index=last_B)
-        probs_BV = renorm_draft_probs(output.next_token_logits, batch.sampling_info, False)
-        topk_p, topk_index = fast_topk(probs_BV, self._no_topk_p_1K.shape[1], dim=-1)
-        hidden_BD = output.hidden_states[last_B]
         carried = batch.spec_info
-        if 0 in counts:
-            is_read_B1 = (count_B > 0)[:, None]
-            topk_p = torch.where(is_read_B1, topk_p, carried.topk_p)
-            topk_index = torch.where(is_read_B1, topk_index, carried.topk_index)
-            hidden_BD = torch.where(is_read_B1, hidden_BD, carried.hidden_states)
+        topk_p, topk_index = carried.topk_p.clone(), carried.topk_index.clone()
+        hidden_BD = carried.hidden_states.clone()
+        for group in self._groups(counts):
+            part, unread = self._part(batch, group), [counts[place] for place in group]
+            count_G = self._num_unread_R[part.batch.req_pool_indices]
+            row_G = torch.arange(len(group), device=self._device)
+            last_G = row_G * max(unread) + count_G - 1
+            output = self._forward(part, unread, count_G, select_index=last_G)
+            probs_GV = torch.softmax(output.next_token_logits, dim=-1)
+            best_p, best_index = fast_topk(probs_GV, topk_p.shape[1], dim=-1)
+            topk_p[part.index] = best_p
+            topk_index[part.index] = best_index
+            hidden_BD[part.index] = output.hidden_states[last_G].to(hidden_BD.dtype)
+        self._num_unread_R.index_fill_(0, batch.req_pool_indices, 0)
         carried.topk_p, carried.topk_index = topk_p, topk_index
         carried.hidden_states = hidden_BD
 
     def _read_all_but_last(self, batch: Any) -> None:
         """After a plain step: make room. What follows a row's last token is not asked for yet, so
         that one is left, and no logits are computed but a single row's, which SGLang insists on."""
-        rows_B = batch.req_pool_indices
         counts = [self._num_unread[request.rid] - 1 for request in batch.reqs]
-        count_B = self._num_unread_R[rows_B] - 1
-        one = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._forward(batch, counts, count_B, select_index=one)
-        self._hidden_RWD[rows_B, 0] = self._hidden_RWD[rows_B, count_B]
-        self._token_RW[rows_B, 0] = self._token_RW[rows_B, count_B]
-        self._num_unread_R.index_fill_(0, rows_B, 1)
+        first = torch.zeros(1, dtype=torch.int64, device=self._device)
+        for group in self._groups(counts):
+            part, unread = self._part(batch, group), [counts[place] for place in group]
+            rows_G = part.batch.req_pool_indices
+            count_G = self._num_unread_R[rows_G] - 1
+            self._forward(part, unread, count_G, select_index=first)
+            self._hidden_RWD[rows_G, 0] = self._hidden_RWD[rows_G, count_G]
+            self._token_RW[rows_G, 0] = self._token_RW[rows_G, count_G]
+            self._num_unread_R.index_fill_(0, rows_G, 1)
         self._num_unread.update((request.rid, 1) for request in batch.reqs)
 
-    def _forward(
-        self,
-        batch: Any,
-        counts: Sequence[int],
-        count_B: Tensor,
-        *,
-        select_index: Tensor,
-    ) -> Any:
-        """The drafter's output over the first unread tokens of each row, which end before the
-        batch's lengths.
+    def _groups(self, counts: Sequence[int]) -> Iterator[list[int]]:
+        """Places of rows to be read together: no more tokens than a prefill may have, which SGLang
+        keeps memory for, and no row so far behind the others that its window would reach beyond
+        what is reserved for its drafts."""
+        unread = [place for place, count in enumerate(counts) if count]
+        unread.sort(key=lambda place: -counts[place])
+        while unread:
+            width = counts[unread[0]]
+            near = unread[: max(1, self._tokens_at_once // width)]
+            group = [place for place in near if width - counts[place] <= self._reserved]
+            yield sorted(group)
+            unread = unread[len(group) :]
 
-        Rows read windows of the same width, that of the row with the most. Where a row has fewer,
-        the rest of its window falls into cache that is reserved for drafts, all that reaches beyond
-        into the last place of it: nothing reads that.
+    def _part(self, batch: Any, places: list[int]) -> _Part:
+        view = copy.copy(batch)
+        view.return_logprob = False
+        view.seq_lens_sum = None
+        if len(places) == len(batch.reqs):
+            return _Part(batch=view, index=slice(None))
+        index = torch.tensor(places)
+        if batch.seq_lens_cpu is not None:
+            view.seq_lens_cpu = batch.seq_lens_cpu[index]
+        if str(self._device) != "cpu":
+            index = index.pin_memory().to(self._device, non_blocking=True)
+        view.reqs = [batch.reqs[place] for place in places]
+        view.seq_lens = batch.seq_lens[index]
+        view.req_pool_indices = batch.req_pool_indices[index]
+        if batch.orig_seq_lens is not None:
+            view.orig_seq_lens = batch.orig_seq_lens[index]
+        if batch.multimodal_inputs is not None:
+            view.multimodal_inputs = [batch.multimodal_inputs[place] for place in places]
+        return _Part(batch=view, index=index)
+
+    def _forward(
+        self, part: _Part, counts: Sequence[int], count_G: Tensor, *, select_index: Tensor
+    ) -> Any:
+        """The drafter's output over the first unread tokens of some rows, which end before the
+        rows' lengths.
+
+        Their windows have the same width, that of the row with the most. Where a row has fewer, the
+        rest of its window falls into cache that is reserved for drafts.
 
         Args:
-            batch: of the step; changed by nothing here.
+            part: the rows.
             counts: tokens to read, by row.
-            count_B: the same, on the device.
+            count_G: the same, on the device.
             select_index: windows' places, as they lie one after the other, to compute logits at.
         """
         width = max(counts)
-        rows_B = batch.req_pool_indices
-        start_B = batch.seq_lens - count_B
-        view = copy.copy(batch)
-        view.seq_lens = start_B
-        view.seq_lens_sum = None
-        if batch.seq_lens_cpu is not None:
-            counts_cpu = torch.tensor(counts, dtype=batch.seq_lens_cpu.dtype)
-            view.seq_lens_cpu = batch.seq_lens_cpu - counts_cpu
-        places_BW = start_B[:, None] + torch.arange(width, device=self._device)
-        places_BW = places_BW.minimum((batch.seq_lens + self._reserved - 1)[:, None])
-        slots_BW = self._req_to_token_RT[rows_B[:, None], places_BW]
-        view.out_cache_loc = slots_BW.reshape(-1).to(torch.int64)
+        view, rows_G = part.batch, part.batch.req_pool_indices
+        start_G = view.seq_lens - count_G
+        places_GW = start_G[:, None] + torch.arange(width, device=self._device)
+        slots_GW = self._req_to_token_RT[rows_G[:, None], places_GW]
+        view.seq_lens = start_G
+        if view.seq_lens_cpu is not None:
+            view.seq_lens_cpu = view.seq_lens_cpu - torch.tensor(
+                counts, dtype=view.seq_lens_cpu.dtype
+            )
+        view.out_cache_loc = slots_GW.reshape(-1).to(torch.int64)
         extend = EagleDraftExtendInput(
-            hidden_states=self._hidden_RWD[rows_B, :width].flatten(0, 1),
-            num_correct_drafts=count_B - 1,
-            num_accept_tokens=count_B,
+            hidden_states=self._hidden_RWD[rows_G, :width].flatten(0, 1),
+            num_correct_drafts=count_G - 1,
+            num_accept_tokens=count_G,
             num_tokens_per_req=width,
             num_tokens_for_logprob_per_req=width,
             select_index=select_index,
         )
-        extend.positions = places_BW.flatten()
         runner = self._drafter.draft_runner
         with self._worker.drafting():
             forward_batch = prepare_for_draft_extend(
                 extend,
                 view,
-                self._token_RW[rows_B, :width].flatten(),
+                self._token_RW[rows_G, :width].flatten(),
                 width,
                 runner,
                 None,  # graphs are of other widths
                 return_hidden_states_before_norm=False,
             )
             return runner.forward(forward_batch).logits_output
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """Some rows of a batch."""
+
+    batch: Any
+    """A view, changed by whoever has it."""
+    index: Tensor | slice
+    """Their places in the batch."""

@@ -208,8 +208,11 @@ class DecodeSession:
         step.num_accepted = list(num_accepted)
         step.tokens_before = [len(request.output_ids) for request in step.requests]
         # The tokens that a response emits after its end are dropped; it is known to have ended by
-        # the time the next step's result comes.
-        step.requests = [None if request.finished() else request for request in step.requests]
+        # the time the next step's result comes. So are those of one that was retracted meanwhile.
+        step.requests = [
+            None if request.finished() or request.is_retracted else request
+            for request in step.requests
+        ]
 
     def _learn(self, *, is_over: bool = False) -> None:
         """From the steps, in order, whose counts and times are known."""

@@ -134,7 +134,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         drafter.chain_buffers = {}
         drafter._rebuild_topk1_chain_buffers()
         group = get_parallel().tp_group
-        self._group = group if group.world_size > 1 else None
+        self.rank_group = group if group.world_size > 1 else None
         self._states: dict[DraftStrategy, StrategyState] = {}
         self._active: DraftStrategy | None = None
         self._session: DecodeSession | None = None
@@ -204,7 +204,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
 
     def _choose(self, requests: Sequence[Any]) -> tuple[DraftStrategy, int]:
         """The strategy and the longest context; with several ranks, those of rank 0's session."""
-        if self._group is None:
+        if self.rank_group is None:
             if self._session is None:
                 return OFF, 0
             strategy, context_tokens = self._session.choose(requests)
@@ -215,7 +215,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
                 strategy, context_tokens = self._session.choose(requests)
                 choice[0], choice[1] = self._pool.strategies.index(strategy), context_tokens
                 choice[2] = self._session.is_over
-            dist.broadcast(choice, src=self._group.ranks[0], group=self._group.cpu_group)
+            dist.broadcast(choice, src=self.rank_group.ranks[0], group=self.rank_group.cpu_group)
             strategy, context_tokens = self._pool.strategies[int(choice[0])], int(choice[1])
             is_over = bool(choice[2])
         if is_over:
@@ -275,7 +275,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
     def serve_begin(self, selector: StrategySelector | None, rehearsal: Rehearsal | None) -> None:
         """A `generate` call is next, whose steps the selector chooses, or a rehearsal."""
         self._plain.begin()
-        if self._group is None or self._group.rank_in_group == 0:
+        if self.rank_group is None or self.rank_group.rank_in_group == 0:
             self._session = DecodeSession(selector or FixedStrategy("off"), rehearsal)
 
     def serve_finish(self) -> SessionReport:

@@ -56,7 +56,7 @@ class Request:
     def __init__(self, rid, prompt=5, response=2):
         self.rid = rid
         self.origin_input_ids, self.output_ids = [0] * prompt, [0] * response
-        self.is_over = False
+        self.is_over = self.is_retracted = False
 
     def finished(self):
         return self.is_over
@@ -146,6 +146,18 @@ def test_tokens_after_a_responses_end_are_not_counted():
     assert report.requests["a"].accept_lengths == [2]
     assert report.stats.accepted_tokens == 6
     assert report.stats.accepted_by_depth == (2, 2, 2)  # the drafts were right all the same
+
+
+def test_a_step_that_a_retraction_undid_is_not_counted():
+    """SGLang drops what it emitted for the request, which comes back by a prefill."""
+    Mark.now = 100.0
+    session, rows = DecodeSession(selector := Noted()), [Request("a"), Request("b")]
+    begin(session, rows, 1.0, 2.0)
+    rows[0].is_retracted = True
+    session.accept([3, 1])
+    report = session.finish()
+    assert selector.steps[0].accept_lengths == (2,)
+    assert "a" not in report.requests
 
 
 def test_a_stand_in_of_n_grams_is_plain_decoding():
