@@ -1,10 +1,10 @@
 """How long it takes to give SGLang a new policy, and a new drafter.
 
-The weights lie where a trainer on the same device has them, in its dtype, and are published again
-and again; each publication is timed from the call to its return, after which the engine generates
-with the new weights. They are random ones of the model's shape: what is measured does not depend
-on their values. Weights of SGLang's dtype on a GPU are read where they are, through the handles of
-their memory; others are cast on the way, bucket by bucket.
+The weights lie where a trainer on the same device has them, in either dtype, and are published
+again and again; each publication is timed from the call to its return, after which the engine
+generates with the new weights. They are random ones of the model's shape: what is measured does
+not depend on their values. Weights of SGLang's dtype on a GPU are read where they are, through the
+handles of their memory; others are cast on the way, bucket by bucket.
 
     python scripts/bench_publication.py --model qwen2.5-7b --sglang.attention_backend triton \\
         --sglang.mem_fraction_static 0.4 --sglang.server_args.context_length 4096
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +40,10 @@ class Bench:
     """A folder with a config.json, or one of qwen2.5-7b and qwen2.5-32b."""
     rounds: int = 5
     """Publications of each, after one that is not counted."""
-    trainer_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the published weights."""
+    trainer_dtypes: list[Literal["float32", "bfloat16"]] = field(
+        default_factory=lambda: ["float32", "bfloat16"]
+    )
+    """Of the published weights: FastRL trains float32 ones."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """SGLang's."""
     device: str = "auto"
@@ -85,27 +88,32 @@ def run(bench: Bench) -> Mapping[str, Publication]:
             selector=InTurns(["off", "2_1_3"]),
             further={"load_format": "dummy"},
         )
-        dtype = getattr(torch, bench.trainer_dtype)
-        policy = dict(random_weights(config, dtype=dtype, device=device, seed=0))
-        weights = {name: tensor.to(device, dtype) for name, tensor in drafter.named_weights()}
+        publications: dict[str, Publication] = {}
         try:
             engine.start(folder)
-            publications = {
-                "policy": _measure(
-                    bench, policy, lambda version: engine.load_policy(policy.items(), version)
-                ),
-                "drafter": _measure(
-                    bench, weights, lambda version: engine.load_drafter(weights.items(), version)
-                ),
-            }
+            for trainer_dtype in bench.trainer_dtypes:
+                dtype = getattr(torch, trainer_dtype)
+                policy = dict(random_weights(config, dtype=dtype, device=device, seed=0))
+                publications[f"policy, {trainer_dtype}"] = _measure(
+                    bench, policy, partial(_publish, engine.load_policy, policy)
+                )
+                weights = {name: one.to(device, dtype) for name, one in drafter.named_weights()}
+                publications[f"drafter, {trainer_dtype}"] = _measure(
+                    bench, weights, partial(_publish, engine.load_drafter, weights)
+                )
+                del policy, weights
             engine.strategy_selector = FixedStrategy("off")
             prompt = Prompt(prompt_id=0, tokens=(2, 3, 4), text="", answer="")
             engine.generate([prompt], SamplingParams(max_tokens=2))  # what was published runs
         finally:
             engine.close()
     for name, publication in publications.items():
-        print(f"{name:>8}: {publication}")
+        print(f"{name:>17}: {publication}")
     return publications
+
+
+def _publish(load: Callable[..., None], weights: Mapping[str, Tensor], version: int) -> None:
+    load(weights.items(), version=version)
 
 
 def _measure(

@@ -9,7 +9,9 @@ Two checks, over a policy that is really served, by each strategy alone and by a
 - sampled: responses of a few tokens out of few each, thousands of them, against the exact
   probability of each from the policy in float32: Pearson's chi-squared test over all of them.
   Rounding moves probabilities too, in bfloat16 by a percent or so, which enough samples would tell
-  apart; the second test is against as many responses of plain decoding.
+  apart; the second test is against as many responses of plain decoding. Rounding may also swap a
+  token that may be sampled for one that may not: of the prompts that one is sampled after which
+  this is least likely, and its distance is printed.
 
 With --sglang.memory_saver true both once more, after SGLang has given its memory back and taken it
 again: tokens and accept lengths must be those of before. Exits with 1 on an error.
@@ -20,6 +22,7 @@ again: tokens and accept lengths must be those of before. Exits with 1 on an err
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,7 +40,7 @@ from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.sglang_engine import SGLangEngine
-from fastrl.types import SamplingParams
+from fastrl.types import Prompt, SamplingParams
 
 Response = tuple[int, ...]
 
@@ -105,6 +108,28 @@ def _logits(model: nn.Module, tokens: Sequence[int]) -> Tensor:
 # -- sampled --------------------------------------------------------------------------------------
 
 
+def clearest_prompt(
+    model: nn.Module, prompts: Sequence[Prompt], sampling: SamplingParams
+) -> tuple[Prompt, float]:
+    """The prompt after which least depends on rounding, and how far, in logits, its most likely
+    token that may not be sampled stays behind the least likely one that may, at the nearest."""
+
+    def distance(prompt: Prompt) -> float:
+        nearest, contexts = math.inf, [tuple(prompt.tokens)]
+        for _ in range(sampling.max_tokens):
+            longer = []
+            for context in contexts:
+                best = _logits(model, context).topk(sampling.top_k + 1)
+                nearest = min(nearest, float(best.values[-2] - best.values[-1]))
+                longer += [(*context, token) for token in best.indices[:-1].tolist()]
+            contexts = longer
+        return nearest
+
+    distances = [distance(prompt) for prompt in prompts]
+    clearest = max(range(len(prompts)), key=distances.__getitem__)
+    return prompts[clearest], distances[clearest]
+
+
 def joint_distribution(
     model: nn.Module, prompt: Sequence[int], sampling: SamplingParams
 ) -> dict[Response, float]:
@@ -125,12 +150,10 @@ def chi_square_p_value(
 ) -> float:
     """Of the counts under the expected probabilities; rare outcomes are taken together.
 
-    Raises ValueError if an outcome was counted that is not expected at all.
+    0 if an outcome was counted that has no probability.
     """
-    if impossible := [
-        outcome for outcome, count in counts.items() if count and not expected.get(outcome)
-    ]:
-        raise ValueError(f"sampled what has no probability: {impossible[:3]}")
+    if any(count and not expected.get(outcome) for outcome, count in counts.items()):
+        return 0.0
     common = [outcome for outcome, probability in expected.items() if probability * total >= 5]
     observed = [float(counts.get(outcome, 0)) for outcome in common]
     means = [expected[outcome] * total for outcome in common]
@@ -218,7 +241,11 @@ class Comparison:
         self._prompts = random_prompts(
             folder, length=check.prompt_tokens, count=check.num_prompts, seed=check.seed
         )
-        self._expected = joint_distribution(model, self._prompts[0].tokens, check.sampling)
+        self._sampled_prompt, distance = self._prompts[0], math.inf
+        if 0 < check.sampling.top_k < model.config.vocab_size:
+            self._sampled_prompt, distance = clearest_prompt(model, self._prompts, check.sampling)
+        print(f"sampled: prompt {self._sampled_prompt.prompt_id}, {distance:.3f} from other tokens")
+        self._expected = joint_distribution(model, self._sampled_prompt.tokens, check.sampling)
         self._plain: list[Response] = []
         self._plain_counts: Counter[Response] = Counter()
         self._seed = check.seed
@@ -259,7 +286,7 @@ class Comparison:
 
     def _sampled(self) -> Counter[Response]:
         rollouts = self._engine.generate(
-            self._prompts[:1],
+            [self._sampled_prompt],
             self._check.sampling,
             num_samples=self._check.num_samples,
             seed=self._seed,

@@ -24,9 +24,11 @@ def test_both_publications_are_timed(tmp_path, monkeypatch, capsys):
         )
     )
     num_weights = sum(parameter.numel() for parameter in model.parameters())
-    assert publications["policy"].gigabytes == pytest.approx(num_weights * 4 / 1e9)
-    assert 0 < publications["drafter"].gigabytes < publications["policy"].gigabytes
+    assert publications["policy, float32"].gigabytes == pytest.approx(num_weights * 4 / 1e9)
+    assert (
+        0 < publications["drafter, bfloat16"].gigabytes < publications["policy, float32"].gigabytes
+    )
     assert all(len(one.seconds) == 2 and min(one.seconds) > 0 for one in publications.values())
     printed = capsys.readouterr().out
-    assert "policy: " in printed
+    assert "policy, bfloat16: " in printed
     assert "GB/s" in printed
