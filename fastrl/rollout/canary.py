@@ -1,10 +1,10 @@
 """Canary prompts: does an engine compute what the policy computes?
 
-A few short prompts are answered by the engine, and the policy reads the same tokens: the log-
-probabilities that the engine reports must be the policy's, up to rounding. That needs no knowledge
-of names or layouts, and goes the way that rollouts go: prefill, decode, verification of drafts
-where SGLang can choose them, graphs captured over weights that have moved since. What it cannot see
-is what rounding hides, an update at a small learning rate say.
+A few short prompts are answered by the engine, and the policy reads the same tokens: the
+log-probabilities that the engine reports must be the policy's, up to rounding. That needs no
+knowledge of names or layouts, and goes the way that rollouts go: prefill, decode, verification of
+drafts where SGLang can choose them, graphs captured over weights that have moved since. What it
+cannot see is what rounding hides, an update at a small learning rate say.
 
 Leaves out how large a gap is a failure. Shape legend: fastrl/types.py.
 """

@@ -45,6 +45,7 @@ def in_order(entries: Sequence[Row | list[Row]], num_prompt_tokens: int) -> NDAr
     for number, entry in enumerate(entries):
         end = num_prompt_tokens + number
         given: list[Any] = entry if isinstance(entry[0], list) else [entry]
+        assert len(given) <= end, "SGLang gave more rows than there were tokens"
         rows[end - len(given) : end] = given
     return np.array([row for row in rows if row is not None], dtype=np.float32)
 
