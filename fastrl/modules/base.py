@@ -32,6 +32,7 @@ from fastrl.modules.micro_batches import (
     MiniBatch,
     TrainingRows,
     check_trainable,
+    common_numbers,
     split_further,
     split_micro_batches,
     split_mini_batches,
@@ -40,7 +41,7 @@ from fastrl.modules.micro_batches import (
 from fastrl.modules.objectives import Aggregation, KLEstimator, LossInputs, kl_estimate
 from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count_rl_steps
 from fastrl.modules.pass_at_k import mean_pass_at_k
-from fastrl.modules.sharding import as_forward, most_of_any_rank
+from fastrl.modules.sharding import as_forward, on_all_ranks
 from fastrl.modules.update_metrics import UpdateMetrics
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
 
@@ -207,10 +208,9 @@ class PolicyModule(LightningModule, ABC):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> None:
         """One RL step: every epoch and mini-batch of a rollout batch."""
         started_s = time.perf_counter()
-        check_trainable(batch, self.policy_version)
-        self._features = {}
         lengths = batch.attention_mask_BT.sum(1).tolist()
-        mini_batches = self._split(len(batch), lengths)
+        mini_batches = self._split(batch, lengths)
+        self._features = {}
         rows = self._prepare(batch, lengths, mini_batches)
         metrics = UpdateMetrics()
         self.is_updating = True
@@ -225,16 +225,20 @@ class PolicyModule(LightningModule, ABC):
         self.is_updating = False
         self._log_step(batch, {**metrics.result(), "lr": lr}, started_s)
 
-    def _split(self, num_rows: int, lengths: Sequence[int]) -> list[MiniBatch]:
-        """Of a sharded policy all ranks get as many micro-batches."""
-        mini_batches = [
-            split_micro_batches(rows, lengths, self.micro_batch_tokens)
-            for rows in split_mini_batches(num_rows, self.num_mini_batches)
-        ]
-        numbers = most_of_any_rank(self.policy, [len(one) for one in mini_batches])
+    def _split(self, batch: RolloutBatch, lengths: Sequence[int]) -> list[MiniBatch]:
+        """Of a sharded policy all ranks get as many micro-batches, or the same error."""
+
+        def own_split() -> list[MiniBatch]:
+            check_trainable(batch, self.policy_version)
+            return [
+                split_micro_batches(rows, lengths, self.micro_batch_tokens)
+                for rows in split_mini_batches(len(batch), self.num_mini_batches)
+            ]
+
+        own, of_ranks = on_all_ranks(self.policy, own_split)
         return [
             split_further(micro_batches, number)
-            for micro_batches, number in zip(mini_batches, numbers, strict=True)
+            for micro_batches, number in zip(own, common_numbers(of_ranks), strict=True)
         ]
 
     def _prepare(

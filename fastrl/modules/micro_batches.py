@@ -127,20 +127,42 @@ def split_micro_batches(
     return micro_batches
 
 
-def split_further(micro_batches: Sequence[list[int]], number: int) -> list[list[int]]:
-    """As many micro-batches of the same rows, those with the most rows halved.
+def common_numbers(of_ranks: Sequence[Sequence[MiniBatch]]) -> list[int]:
+    """Micro-batches of each mini-batch that all ranks can make: the most of any.
 
-    Raises ValueError where there are fewer rows.
+    Args:
+        of_ranks: the mini-batches of each rank.
+
+    Raises:
+        ValueError: a rank has too few rows for them, or other mini-batches; whichever rank asks.
     """
+    if len(set(map(len, of_ranks))) > 1:
+        raise ValueError(
+            f"ranks that share a policy must take as many optimizer steps, but split their rollout "
+            f"batches into {[len(one) for one in of_ranks]} mini-batches (by rank); give all ranks "
+            f"the same model.num_mini_batches"
+        )
+    numbers = []
+    for place, mini_batches in enumerate(zip(*of_ranks, strict=True)):
+        number = max(map(len, mini_batches))
+        num_rows = [sum(map(len, mini_batch)) for mini_batch in mini_batches]
+        if number > min(num_rows):
+            raise ValueError(
+                f"mini-batch {place}: one rank splits its rows into {number} micro-batches, and "
+                f"all must make as many, but the ranks have {num_rows} rows; give all ranks as "
+                f"many rows, or raise model.micro_batch_tokens"
+            )
+        numbers.append(number)
+    return numbers
+
+
+def split_further(micro_batches: Sequence[list[int]], number: int) -> list[list[int]]:
+    """As many micro-batches of the same rows, those with the most rows halved."""
     result = list(micro_batches)
     while len(result) < number:
         place = max(range(len(result)), key=lambda place: len(result[place]))
         largest = result[place]
-        if len(largest) < 2:
-            raise ValueError(
-                f"another rank splits its rows into {number} micro-batches, but this one has "
-                f"{len(result)} rows; give all ranks as many rows, or raise micro_batch_tokens"
-            )
+        assert len(largest) > 1, f"{len(result)} rows make no {number} micro-batches"
         middle = len(largest) // 2
         result[place : place + 1] = [largest[:middle], largest[middle:]]
     return result

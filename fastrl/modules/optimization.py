@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastrl.modules.sharding import whole_value
+from fastrl.modules.sharding import holds_on_all_ranks, on_all_ranks, own_part, whole_value
 
 
 # No slots: jsonargparse reads the fields of a default value from its __dict__.
@@ -109,13 +109,15 @@ def clip_gradients(
     """Clip in place to a total L2 norm; return the norm before clipping.
 
     Raises:
-        FloatingPointError: the loss or a gradient is not finite; weights are untouched then.
+        FloatingPointError: the loss or a gradient is not finite; weights are untouched then. Of a
+            sharded module it is raised on all ranks, and names the losses of all.
     """
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = whole_value(get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if not torch.isfinite(norm + loss):
+    if not holds_on_all_ranks(module, torch.isfinite(norm + loss)):
+        _, losses = on_all_ranks(module, lambda: f"{loss.item():g}")
         raise FloatingPointError(
-            f"RL step {rl_step}: loss {loss.item():g}, gradient norm {norm.item():g}; "
+            f"RL step {rl_step}: loss {', '.join(losses)}, gradient norm {norm.item():g}; "
             f"{_culprits(module)}. The weights are those before this update. Lower "
             f"model.optimizer.lr, or resume from an earlier checkpoint"
         )
@@ -124,13 +126,17 @@ def clip_gradients(
 
 
 def _culprits(module: nn.Module) -> str:
-    """Which parameters hold a non-finite weight, or else a non-finite gradient."""
+    """Which parameters hold a non-finite weight, or else a non-finite gradient, on any rank."""
     named = list(module.named_parameters())
     for what, tensors in (
         ("weights", [(name, p.detach()) for name, p in named]),
         ("gradients", [(name, p.grad) for name, p in named if p.grad is not None]),
     ):
-        names = [name for name, tensor in tensors if not tensor.isfinite().all()]
+        names = [
+            name
+            for name, tensor in tensors
+            if not holds_on_all_ranks(module, own_part(tensor).isfinite().all())
+        ]
         if names:
             return f"non-finite {what} in {len(names)} of {len(named)} parameters, first {names[0]}"
     return "weights and gradients are finite each, the loss or the norm is not"

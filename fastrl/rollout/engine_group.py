@@ -2,8 +2,9 @@
 
 With tensor parallelism an engine takes the GPUs of `tp_size` consecutive ranks. The first of them
 leads: it owns the engine. All ranks of a group call the same in the same order; what one of them
-raises, all raise, so that none waits for a rank that has given up. A rank that has ended is noticed
-by its closed connection.
+raises, all raise, so that none waits for a rank that has given up. Every operation begins with one
+and the same kind of collective, in which each rank says where it is: ranks that are out of step are
+told so, all of them. A rank that has ended is noticed by its closed connection.
 
 Messages go over a gloo process group of their own: a rank that waits for rollouts neither blocks
 its GPU nor meets the time limit of the trainer's collectives. Leaves out groups across machines.
@@ -39,8 +40,23 @@ class _Outcome(Generic[T]):
     error: Exception | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What a rank tells the others of an operation it is in."""
+
+    operation: str
+    number: int
+    """Of the operation on this rank, from 1."""
+    outcome: _Outcome[bytes]
+    """Its value pickled by itself: only ranks that are in step read it."""
+
+
 class EngineGroup:
     """The ranks that share an engine, seen from one of them; alone where an engine has one rank.
+
+    Every operation has a name, by which ranks notice that they are in different ones. They raise
+    EngineError then, and in every operation that follows: none can know what of its work the others
+    still wait for.
 
     Args:
         ranks: of the trainer, in order; the first leads.
@@ -54,6 +70,8 @@ class EngineGroup:
         self._ranks = tuple(ranks)
         self._place = place
         self._process_group = process_group
+        self._num_operations = 0
+        self._out_of_step: str | None = None
 
     @classmethod
     def join(cls, tp_size: int, *, timeout_s: float) -> EngineGroup:
@@ -100,46 +118,44 @@ class EngineGroup:
         """Whether this rank owns the engine."""
         return self._place == 0
 
-    def gather(self, work: Callable[[], T]) -> list[T]:
+    def gather(self, name: str, work: Callable[[], T]) -> list[T]:
         """Have every rank do `work`: the results of all, on all. Raises what any of them raised."""
-        outcomes = self._exchange(_outcome(work))
+        outcomes = self._exchange(name, work)
         self._raise_any(outcomes)
         return [cast(T, outcome.value) for outcome in outcomes]
 
-    def agree(self, work: Callable[[], T]) -> T:
+    def agree(self, name: str, work: Callable[[], T]) -> T:
         """Have every rank do `work`: its own result each. Raises what any of them raised."""
-        own = _outcome(work)
-        self._raise_any(self._exchange(_Outcome(None, own.error)))
-        return cast(T, own.value)
+        own: list[T] = []
+        self.gather(name, lambda: own.append(work()))
+        return own[0]
 
-    def lead(self, work: Callable[[], T]) -> T:
+    def lead(self, name: str, work: Callable[[], T]) -> T:
         """Have the leader do `work`: its result on all ranks. Raises what it raised."""
-        return self.deal(lambda: [work()] * self.size)
+        return cast(T, self.gather(name, work if self.is_leader else lambda: None)[0])
 
-    def deal(self, work: Callable[[], Sequence[T]]) -> T:
+    def deal(self, name: str, work: Callable[[], Sequence[T]]) -> T:
         """Have the leader do `work`: of its results, one a rank, each its own. Raises what it
         raised."""
-        own: _Outcome[T] = _Outcome(None)
-        shares: list[_Outcome[T]] | None = None
-        if self.is_leader:
-            done = _outcome(work)
-            shares = [_Outcome(None, done.error)] * self.size
-            if done.value is not None:
-                shares = [_Outcome(value) for value in done.value]
-            own = shares[0]
+        own: list[T] = []
+        pickled: list[bytes] = []  # the leader's
+
+        def deal_out() -> None:
+            shares = work()
+            if self._process_group is not None:
+                pickled.extend(map(_pickled, shares))
+            own.append(shares[0])
+
+        self.gather(name, deal_out if self.is_leader else lambda: None)
         if self._process_group is not None:
             received: list[Any] = [None]
             with self._waiting():
                 dist.scatter_object_list(
-                    received,
-                    shares and [_portable(share) for share in shares],
-                    src=self._ranks[0],
-                    group=self._process_group,
+                    received, pickled, src=self._ranks[0], group=self._process_group
                 )
             if not self.is_leader:
-                own = received[0]
-        self._raise_any([own])
-        return cast(T, own.value)
+                own.append(pickle.loads(received[0]))
+        return own[0]
 
     def check_devices(self, device: torch.device) -> None:
         """Raise ValueError unless the ranks are on one machine, with GPUs in a row: SGLang takes
@@ -150,7 +166,7 @@ class EngineGroup:
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
         machine = (socket.gethostname(), _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "")
-        places = self.gather(lambda: (machine, index))
+        places = self.gather("devices", lambda: (machine, index))
         if len({machine for machine, _ in places}) > 1:
             raise ValueError(
                 f"ranks {list(self._ranks)} share an engine, but are on several machines "
@@ -165,15 +181,43 @@ class EngineGroup:
                 f"machine (the same CUDA_VISIBLE_DEVICES), and set engine.device to 'auto'"
             )
 
-    def _exchange(self, own: _Outcome[T]) -> list[_Outcome[T]]:
-        """The outcomes of all ranks; this one's as it is, not a copy."""
+    def _exchange(self, name: str, work: Callable[[], T]) -> list[_Outcome[T]]:
+        """The outcomes of all ranks' work; this one's as it is, not a copy."""
+        if self._out_of_step is not None:
+            raise EngineError(self._out_of_step)
+        self._num_operations += 1
+        number = self._num_operations
+        own = _outcome(work)
         if self._process_group is None:
             return [own]
-        outcomes: list[Any] = [None] * self.size
+        packed = _packed(own)
+        if own.error is None and packed.error is not None:
+            own = _Outcome(None, packed.error)
+        messages: list[Any] = [None] * self.size
         with self._waiting():
-            dist.all_gather_object(outcomes, _portable(own), group=self._process_group)
-        outcomes[self._place] = own
-        return outcomes
+            dist.all_gather_object(
+                messages, _Message(name, number, packed), group=self._process_group
+            )
+        self._check_in_step(messages)
+        return [
+            own if place == self._place else _unpacked(message.outcome)
+            for place, message in enumerate(messages)
+        ]
+
+    def _check_in_step(self, messages: Sequence[_Message]) -> None:
+        """Raise EngineError unless all ranks are in the same operation."""
+        if len({(one.operation, one.number) for one in messages}) == 1:
+            return
+        places = ", ".join(
+            f"rank {rank} in {one.operation!r} (its operation {one.number})"
+            for rank, one in zip(self._ranks, messages, strict=True)
+        )
+        self._out_of_step = (
+            f"ranks {list(self._ranks)} of the trainer share an engine and must ask the same of it "
+            f"in the same order, but they are out of step: {places}. Call the engine's methods on "
+            f"all of them, and start it anew"
+        )
+        raise EngineError(self._out_of_step)
 
     def _raise_any(self, outcomes: Sequence[_Outcome[T]]) -> None:
         """Raise the error of this rank, or else of the first that has one, with its number."""
@@ -204,12 +248,29 @@ def _outcome(work: Callable[[], T]) -> _Outcome[T]:
         return _Outcome(None, error)
 
 
-def _portable(outcome: _Outcome[T]) -> _Outcome[T]:
-    """One that can be sent; errors that cannot be pickled become RuntimeErrors that quote them."""
+def _packed(outcome: _Outcome[Any]) -> _Outcome[bytes]:
+    """One that can be sent: a value that cannot be pickled becomes an error, and errors that cannot
+    become RuntimeErrors that quote them."""
     if outcome.error is None:
-        return outcome
+        return _outcome(lambda: _pickled(outcome.value))
     try:
         pickle.loads(pickle.dumps(outcome.error))
     except Exception:
         return _Outcome(None, RuntimeError(f"{type(outcome.error).__name__}: {outcome.error}"))
-    return outcome
+    return _Outcome(None, outcome.error)
+
+
+def _unpacked(outcome: _Outcome[bytes]) -> _Outcome[Any]:
+    if outcome.value is None:
+        return _Outcome(None, outcome.error)
+    return _Outcome(pickle.loads(outcome.value))
+
+
+def _pickled(value: object) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception as error:
+        raise TypeError(
+            f"a {type(value).__name__} cannot be sent to the other ranks that share the engine: "
+            f"expected something that can be pickled, got {type(error).__name__}: {error}"
+        ) from error

@@ -116,7 +116,8 @@ def _answer_cost_queries(
     """
     ranks = process.ranks
     runs = ranks.lead(
-        lambda: _runs(selector.cost_queries(max_batch_size, max_context), sampling, model)
+        "runs to rehearse",
+        lambda: _runs(selector.cost_queries(max_batch_size, max_context), sampling, model),
     )
     for run in runs:
         timed = _timed(process, timeout_s, run)

@@ -377,7 +377,7 @@ class SGLangEngine:
             max_batch_size=self._options.max_batch_size,
             timeout_s=self._options.generate_timeout_s,
         )
-        rollouts = running.process.ranks.agree(lambda: rollouts_of(responses))
+        rollouts = running.process.ranks.agree("rollouts", lambda: rollouts_of(responses))
         return rollouts, call.statistics(responses, model)
 
     def _deciding(

@@ -85,7 +85,7 @@ def start_engine(
         EngineError: SGLang did not start within its time; nothing of it is left.
     """
     group.check_devices(options.device)
-    files = group.agree(lambda: _read(request(), options))
+    files = group.agree("files to start from", lambda: _read(request(), options))
     _check_alike(group, files.request)
     pool = files.request.pool
     with ExitStack() as on_failure:
@@ -142,7 +142,7 @@ def _read(request: StartRequest, options: SGLangOptions) -> _Files:
 
 def _check_alike(group: EngineGroup, request: StartRequest) -> None:
     """Raise ValueError unless all ranks want the same strategies."""
-    wanted = group.gather(lambda: (request.strategies, request.pool))
+    wanted = group.gather("strategies", lambda: (request.strategies, request.pool))
     if any(other != wanted[0] for other in wanted):
         given = [[str(strategy) for strategy in strategies] for strategies, _ in wanted]
         raise ValueError(

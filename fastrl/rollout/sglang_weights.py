@@ -101,7 +101,10 @@ class WeightPublisher:
         ranks = self._process.ranks
         with _folder_of_leader(ranks) as folder:
             self._send("compare", self._buckets(named_tensors), folder_entry(folder))
-            return ranks.lead(lambda: read_differences(folder, self._num_readers * ranks.size))
+            return ranks.lead(
+                f"differences of the {self._role} model",
+                lambda: read_differences(folder, self._num_readers * ranks.size),
+            )
 
     def remember_buffers(self) -> None:
         """Have SGLang keep what it holds beside weights, for `compare` to hold against."""
@@ -185,7 +188,8 @@ def _folder_of_leader(ranks: EngineGroup) -> Iterator[Path]:
     """A temporary one, known to all ranks."""
     with ExitStack() as on_exit:
         name = ranks.lead(
-            lambda: on_exit.enter_context(TemporaryDirectory(prefix="fastrl-weights-"))
+            "folder of differences",
+            lambda: on_exit.enter_context(TemporaryDirectory(prefix="fastrl-weights-")),
         )
         yield Path(name)
 
@@ -195,7 +199,10 @@ def check_ranks_agree(ranks: EngineGroup, named_tensors: Sequence[tuple[str, Ten
     of SGLang would take another."""
     if ranks.size == 1:
         return
-    sums = ranks.gather(lambda: {name: _sum_of_bits(tensor) for name, tensor in named_tensors})
+    sums = ranks.gather(
+        "checksums of a drafter to load",
+        lambda: {name: _sum_of_bits(tensor) for name, tensor in named_tensors},
+    )
     names = {name for own in sums for name in own}
     if different := sorted(name for name in names if len({own.get(name) for own in sums}) > 1):
         raise ValueError(

@@ -89,7 +89,7 @@ class SharedProcess:
             key = bytes(multiprocessing.current_process().authkey)
             return self._own.group, self._own.log_path, key
 
-        self.group, self.log_path, key = group.lead(begin)
+        self.group, self.log_path, key = group.lead("begin SGLang's process", begin)
         # SGLang fetches shared memory from every rank, and proves by the leader's key that it may.
         multiprocessing.current_process().authkey = key
 
@@ -111,7 +111,9 @@ class SharedProcess:
     def call(self, request: str, timeout_s: float, **arguments: Any) -> Any:
         """As `EngineProcess.call`, with the leader's arguments; all ranks get answer or error."""
         return self._watched(
-            lambda: self._group.lead(lambda: self._leaders.call(request, timeout_s, **arguments))
+            lambda: self._group.lead(
+                request, lambda: self._leaders.call(request, timeout_s, **arguments)
+            )
         )
 
     def send_bucket(
@@ -132,7 +134,8 @@ class SharedProcess:
 
         Returns whether there was one.
         """
-        payloads = self._group.gather(next_payloads)
+        name = f"bucket of the {role} model's weights to {request}"
+        payloads = self._watched(lambda: self._group.gather(name, next_payloads))
         given = [payload for own in payloads if own is not None for payload in own]
         if not given:
             return False
@@ -151,8 +154,11 @@ class SharedProcess:
 
         Raises ValueError unless the options are the same on all ranks.
         """
-        self._check_running()
-        asked = self._group.gather(lambda: (own_requests(), dict(options)))
+        asked = self._watched(
+            lambda: self._group.gather(
+                "requests to generate", lambda: (own_requests(), dict(options))
+            )
+        )
         if any(other != options for _, other in asked):
             raise ValueError(
                 f"ranks that share an engine must ask alike, got {[one for _, one in asked]}"
@@ -196,7 +202,7 @@ class SharedProcess:
                 for number, own in enumerate(asked.places)
             ]
 
-        return self._watched(lambda: self._group.deal(deal))
+        return self._watched(lambda: self._group.deal("generate", deal))
 
     def end(self) -> None:
         """Kill every process of it; waits for no other rank. Safe to call twice."""

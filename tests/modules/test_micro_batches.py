@@ -7,6 +7,7 @@ import torch
 
 from fastrl.modules.micro_batches import (
     TrainingRows,
+    common_numbers,
     split_further,
     split_micro_batches,
     split_mini_batches,
@@ -35,8 +36,22 @@ def test_micro_batches_are_halved_until_there_are_as_many_as_on_another_rank() -
     assert split_further([[4, 1], [0, 2, 3]], 2) == [[4, 1], [0, 2, 3]]
     assert split_further([[4, 1], [0, 2, 3]], 4) == [[4], [1], [0], [2, 3]]
     assert split_further([[4, 1], [0, 2, 3]], 5) == [[4], [1], [0], [2], [3]]
-    with pytest.raises(ValueError, match="into 6 micro-batches, but this one has 5 rows"):
-        split_further([[4, 1], [0, 2, 3]], 6)
+
+
+def test_ranks_make_as_many_micro_batches_as_the_one_with_the_most() -> None:
+    first = [[[0, 1, 2]], [[3], [4]]]
+    second = [[[0], [2], [1]], [[3, 4]]]
+    assert common_numbers([first]) == [1, 2]
+    assert common_numbers([first, second]) == common_numbers([second, first]) == [3, 2]
+
+
+def test_ranks_whose_rows_cannot_be_split_alike_are_refused_whichever_asks() -> None:
+    few, many = [[[0, 1]], [[2, 3]]], [[[0, 1]], [[2], [3], [4]]]
+    expected = r"mini-batch 1: one rank splits its rows into 3 .* but the ranks have \[2, 3\] rows"
+    with pytest.raises(ValueError, match=expected):
+        common_numbers([few, many])
+    with pytest.raises(ValueError, match=r"into \[2, 1\] mini-batches \(by rank\)"):
+        common_numbers([few, few[:1]])
 
 
 def test_mini_batches_are_consecutive_and_even() -> None:

@@ -9,6 +9,7 @@ order: weights are compared tightly after updates by SGD.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from transformers import AutoConfig
 
 from fastrl.modules import GRPO, OptimizerSettings
 from fastrl.modules.loading import load_causal_lm
+from fastrl.modules.optimization import clip_gradients
 from fastrl.types import RolloutBatch, SamplingParams
 from tests.modules.conftest import fit_batches, padded_batch
-from tests.rollout.ranks import run_ranks
+from tests.rollout.ranks import raised, run_ranks
 
 POLICY = str(Path(__file__).parents[2] / "models" / "quickstart" / "policy")
 NUM_STEPS = 2
@@ -120,9 +122,11 @@ def train(
     }
 
 
-def train_sharded(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+def train_sharded(
+    folder: str, options: dict[str, Any], groups_by_rank: tuple[list[int], ...] = ([0, 1], [2, 3])
+) -> dict[str, Any]:
     logging.disable()
-    groups = [[0, 1], [2, 3]][dist.get_rank()]
+    groups = groups_by_rank[dist.get_rank()]
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     own = str(Path(folder) / str(dist.get_rank()))
     return train(
@@ -165,3 +169,69 @@ def test_updates_of_shards_are_those_of_whole_weights(
         assert max(changes) > 1e-3
     losses = [rank["loss"] for rank in ranks]
     assert sum(losses) / 2 == pytest.approx(expected["loss"], rel=1e-4, abs=1e-7)
+
+
+def train_unalike(
+    folder: str, options_by_rank: list[dict[str, Any]], groups_by_rank: tuple[list[int], ...]
+) -> tuple[str, str]:
+    options = options_by_rank[dist.get_rank()]
+    return raised(lambda: train_sharded(folder, options, groups_by_rank))
+
+
+SMALL = {"micro_batch_tokens": 1}  # a micro-batch for each row
+
+
+@pytest.mark.parametrize(
+    ("options_by_rank", "groups_by_rank", "expected"),
+    [
+        ([SMALL, SMALL], ([0], [1, 2]), "into 6 micro-batches, and all must make as many, but the"),
+        ([{}, {"num_mini_batches": 2}], ([0], [1]), "into [1, 2] mini-batches (by rank)"),
+        ([{"num_mini_batches": 4}] * 2, ([0], [1, 2]), "num_mini_batches must be <= the rows"),
+    ],
+    ids=["fewer rows than micro-batches", "other mini-batches", "fewer rows than mini-batches"],
+)
+def test_what_one_rank_cannot_train_on_is_an_error_on_all(
+    tmp_path: Path,
+    options_by_rank: list[dict[str, Any]],
+    groups_by_rank: tuple[list[int], ...],
+    expected: str,
+) -> None:
+    ranks = run_ranks(
+        train_unalike, tmp_path / "ranks", str(tmp_path), options_by_rank, groups_by_rank
+    )
+    for kind, message in ranks:
+        assert kind == "ValueError"
+        assert expected in message
+
+
+def clip_sharded(losses: list[float], scale: float) -> tuple[tuple[str, str], bool]:
+    """What is raised over this rank's loss, and whether gradients are as they were then."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4, 4)
+    fully_shard(module)
+    module(torch.ones(1, 4)).sum().backward()
+    gradient = module.weight.grad
+    assert isinstance(gradient, DTensor)
+    if dist.get_rank() == 1:
+        gradient.to_local().mul_(scale)
+    before = gradient.to_local().clone()
+    loss = torch.tensor(losses[dist.get_rank()])
+    error = raised(lambda: clip_gradients(module, 0.5, loss=loss, rl_step=7))
+    return error, torch.equal(gradient.to_local(), before)
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale", "expected"),
+    [
+        ([0.5, math.inf], 1.0, "RL step 7: loss 0.5, inf, gradient norm 4.47"),
+        ([0.5, 0.25], math.inf, "RL step 7: loss 0.5, 0.25, gradient norm inf; non-finite grad"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_what_is_not_finite_on_one_rank_stops_all_before_they_step(
+    tmp_path: Path, losses: list[float], scale: float, expected: str
+) -> None:
+    (first, *_), _ = ranks = run_ranks(clip_sharded, tmp_path, losses, scale)
+    assert first[0] == "FloatingPointError"
+    assert expected in first[1]
+    assert ranks == [(first, True)] * 2

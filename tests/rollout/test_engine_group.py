@@ -1,7 +1,9 @@
 """Ranks that share an engine, as real processes: what they tell one another, and errors."""
 
 import os
+import threading
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ class UnpicklableError(RuntimeError):
         super().__init__(f"{first} {second}")
 
 
-def fail(error: Exception) -> object:
+def fail(error: BaseException) -> object:
     raise error
 
 
@@ -32,17 +34,19 @@ def talk() -> dict[str, object]:
 
     return {
         "place": (group.size, group.place, group.is_leader),
-        "gathered": group.gather(lambda: rank),
-        "agreed": group.agree(lambda: rank),
-        "led": group.lead(lambda: f"by {rank}"),
-        "led to nothing": group.lead(lambda: None),
-        "dealt": group.deal(lambda: ["first", "second"]),
-        "leader fails": raised(lambda: group.lead(lambda: fail(ValueError(f"at {rank}")))),
-        "other fails": raised(lambda: group.gather(only_on(1, KeyError("key")))),
-        "other disagrees": raised(lambda: group.agree(only_on(1, KeyError("key")))),
-        "both fail": raised(lambda: group.agree(lambda: fail(ValueError(f"at {rank}")))),
-        "odd error": raised(lambda: group.lead(lambda: fail(UnpicklableError("one", "two")))),
-        "after errors": group.gather(lambda: rank),
+        "gathered": group.gather("work", lambda: rank),
+        "agreed": group.agree("work", lambda: rank),
+        "led": group.lead("work", lambda: f"by {rank}"),
+        "led to nothing": group.lead("work", lambda: None),
+        "dealt": group.deal("work", lambda: ["first", "second"]),
+        "leader fails": raised(lambda: group.lead("work", lambda: fail(ValueError(f"at {rank}")))),
+        "other fails": raised(lambda: group.gather("work", only_on(1, KeyError("key")))),
+        "other disagrees": raised(lambda: group.agree("work", only_on(1, KeyError("key")))),
+        "both fail": raised(lambda: group.agree("work", lambda: fail(ValueError(f"at {rank}")))),
+        "odd error": raised(
+            lambda: group.lead("work", lambda: fail(UnpicklableError("one", "two")))
+        ),
+        "after errors": group.gather("work", lambda: rank),
     }
 
 
@@ -67,9 +71,83 @@ def test_ranks_learn_what_others_have_and_what_they_raised(tmp_path: Path) -> No
     assert first["after errors"] == second["after errors"] == [0, 1]
 
 
+KINDS = ("gather", "agree", "lead", "deal")
+
+
+def begin(group: EngineGroup, kind: str, name: str) -> object:
+    """An operation of this kind, whose work deal takes as well."""
+    return getattr(group, kind)(name, lambda: ["first", "second"])
+
+
+def fall_out_of_step(kinds: tuple[str, str]) -> list[tuple[str, str]]:
+    """What this rank hears in its kind of operation, and then in one that both call."""
+    group = EngineGroup.join(2, timeout_s=10)
+    group.gather("before", lambda: None)
+    kind, name = kinds[group.place], ("load_drafter", "generate")[group.place]
+    return [
+        raised(lambda: begin(group, kind, name)),
+        raised(lambda: group.gather("after", lambda: None)),
+    ]
+
+
+def fall_behind() -> tuple[str, str]:
+    group = EngineGroup.join(2, timeout_s=10)
+    if group.place == 1:
+        with pytest.raises(KeyboardInterrupt):
+            group.gather("generate", lambda: fail(KeyboardInterrupt()))
+    return raised(lambda: group.gather("generate", lambda: None))
+
+
+def fall_out_of_step_in_all_ways() -> list[tuple[str, str]]:
+    return [
+        *(heard for kinds in product(KINDS, repeat=2) for heard in fall_out_of_step(kinds)),
+        fall_behind(),
+    ]
+
+
+def test_ranks_that_are_out_of_step_are_told_where_each_is(tmp_path: Path) -> None:
+    first, second = run_ranks(fall_out_of_step_in_all_ways, tmp_path)
+    assert first == second
+    assert len(first) == 2 * len(KINDS) ** 2 + 1
+    assert {kind for kind, _ in first} == {"EngineError"}
+    *of_kinds, (_, behind) = first
+    for _, message in of_kinds:
+        assert (
+            "rank 0 in 'load_drafter' (its operation 2), rank 1 in 'generate' (its operation 2)"
+        ) in message
+    assert (
+        "rank 0 in 'generate' (its operation 1), rank 1 in 'generate' (its operation 2)"
+    ) in behind
+
+
+def pass_what_cannot_be_sent() -> dict[str, object]:
+    group = EngineGroup.join(2, timeout_s=10)
+    of_leader = [threading.Lock(), 0] if group.is_leader else [0, 0]
+    return {
+        "gather": raised(lambda: group.gather("work", lambda: of_leader[0])),
+        "lead": raised(lambda: group.lead("work", lambda: of_leader[0])),
+        "deal": raised(lambda: group.deal("work", lambda: of_leader)),
+        "of the other": raised(lambda: group.deal("work", lambda: of_leader[::-1])),
+        "kept": str(group.agree("work", lambda: of_leader[0])),
+        "after": group.deal("work", lambda: ["first", "second"]),
+    }
+
+
+def test_a_value_that_cannot_be_sent_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    first, second = run_ranks(pass_what_cannot_be_sent, tmp_path)
+    for case in ("gather", "lead", "deal", "of the other"):
+        for kind, message in (first[case], second[case]):
+            assert kind == "TypeError"
+            assert "a lock cannot be sent to the other ranks that share the engine" in message
+        assert "on rank 0" not in first[case][1]
+        assert "on rank 0, which shares this rank's engine" in second[case][1]
+    assert "lock" in first["kept"]
+    assert [first["after"], second["after"]] == ["first", "second"]
+
+
 def pair_up() -> tuple[list[int], int]:
     group = EngineGroup.join(2, timeout_s=60)
-    return group.gather(dist.get_rank), group.lead(dist.get_rank)
+    return group.gather("work", dist.get_rank), group.lead("work", dist.get_rank)
 
 
 def test_groups_are_of_consecutive_ranks_and_do_not_hear_one_another(tmp_path: Path) -> None:
@@ -78,10 +156,10 @@ def test_groups_are_of_consecutive_ranks_and_do_not_hear_one_another(tmp_path: P
 
 def wait_for_one_that_ends() -> tuple[str, str, float] | None:
     group = EngineGroup.join(2, timeout_s=60)
-    group.gather(lambda: None)
+    group.gather("work", lambda: None)
     if not group.is_leader:
         started = time.monotonic()
-        return *raised(lambda: group.lead(lambda: None)), time.monotonic() - started
+        return *raised(lambda: group.lead("work", lambda: None)), time.monotonic() - started
     Path(os.environ["RESULT"]).write_bytes(b"\x80\x04N.")  # a pickled None, as the rank returns
     os._exit(0)
 
@@ -112,7 +190,12 @@ def test_ranks_whose_gpus_are_not_in_a_row_are_refused(tmp_path: Path) -> None:
 
 def places_alone() -> list[object]:
     alone = EngineGroup.join(1, timeout_s=60)
-    return [alone.size, alone.is_leader, alone.gather(dist.get_rank), alone.lead(dist.get_rank)]
+    return [
+        alone.size,
+        alone.is_leader,
+        alone.gather("work", dist.get_rank),
+        alone.lead("work", dist.get_rank),
+    ]
 
 
 def bad_sizes() -> str:
@@ -133,6 +216,6 @@ def test_ranks_that_do_not_divide_into_groups_are_refused(tmp_path: Path) -> Non
 def test_a_trainer_of_one_process_is_alone_whatever_its_engine_takes() -> None:
     group = EngineGroup.join(4, timeout_s=1)
     assert (group.size, group.is_leader) == (1, True)
-    assert group.deal(lambda: ["own"]) == "own"
+    assert group.deal("work", lambda: ["own"]) == "own"
     with pytest.raises(KeyError, match="key"):
-        group.gather(lambda: fail(KeyError("key")))
+        group.gather("work", lambda: fail(KeyError("key")))
