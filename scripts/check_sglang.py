@@ -6,12 +6,12 @@ Two checks, over a policy that is really served, by each strategy alone and by a
   those for few, so a response may leave the plain one where two tokens are nearly as likely; such a
   place is shown with the distance of their logits in a forward of the policy in float32, and is an
   error beyond what rounding explains.
-- sampled: responses of a few tokens out of few each, thousands of them, against the exact
-  probability of each from the policy in float32: Pearson's chi-squared test over all of them.
-  Rounding moves probabilities too, in bfloat16 by a percent or so, which enough samples would tell
-  apart; the second test is against as many responses of plain decoding. Rounding may also swap a
-  token that may be sampled for one that may not: of the prompts that one is sampled after which
-  this is least likely, and its distance is printed.
+- sampled: thousands of responses of a few tokens against the exact probability of each, from the
+  policy in float32: Pearson's chi-squared test over all of them. SGLang's dtype rounds
+  probabilities too, which enough samples would tell apart: of the prompts that one is sampled after
+  where rounding moves them least, as far as transformers' own forward in that dtype shows, and the
+  test allows for twice as far. The second test is against as many responses of plain decoding, and
+  allows for nothing.
 
 With --sglang.memory_saver true both once more, after SGLang has given its memory back and taken it
 again: tokens and accept lengths must be those of before. Exits with 1 on an error.
@@ -44,6 +44,9 @@ from fastrl.types import Prompt, SamplingParams
 
 Response = tuple[int, ...]
 
+_ROUNDING_ALLOWED = 2.0
+"""How far SGLang's rounding may move probabilities, in terms of transformers'."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
@@ -55,8 +58,8 @@ class Check:
     """Folder of its EAGLE drafter."""
     strategies: list[str] = field(default_factory=lambda: ["2_1_3", "4_2_8", "8_4_16", "3_4_8"])
     """Draft trees of the engine, each checked alone and all in turn with `off`."""
-    num_prompts: int = 32
-    """Prompts of the greedy check."""
+    num_prompts: int = 64
+    """Prompts of the greedy check, one of which is the sampled one's."""
     prompt_tokens: int = 24
     """Random tokens of each."""
     max_tokens: int = 128
@@ -67,9 +70,11 @@ class Check:
     num_samples: int = 8000
     """Responses of the sampled check."""
     sampling: SamplingParams = field(
-        default_factory=lambda: SamplingParams(max_tokens=3, top_k=4, ignore_eos=True)
+        default_factory=lambda: SamplingParams(max_tokens=3, ignore_eos=True)
     )
-    """Of the sampled check; top_k ** max_tokens responses are possible."""
+    """Of the sampled check."""
+    least_outcomes: int = 16
+    """Responses likely enough to be counted apart, that a prompt must have at least."""
     least_p: float = 1e-4
     """Smallest p-value that passes."""
     max_batch_size: int = 64
@@ -94,74 +99,130 @@ def logit_gap(model: nn.Module, prompt: Sequence[int], ours: Response, theirs: R
     place = next((i for i, (mine, its) in enumerate(pairs) if mine != its), None)
     if place is None:
         return 0.0
-    logits_V = _logits(model, (*prompt, *ours[:place]))
+    (logits_V,) = _logits(model, [(*prompt, *ours[:place])])
     return float((logits_V[ours[place]] - logits_V[theirs[place]]).abs())
 
 
-def _logits(model: nn.Module, tokens: Sequence[int]) -> Tensor:
+def _logits(model: nn.Module, contexts: Sequence[Sequence[int]]) -> Tensor:
+    """[C, V] float32 after each context; all have one length."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        logits_V: Tensor = model(torch.tensor([list(tokens)], device=device)).logits[0, -1]
-    return logits_V.float().cpu()
+        logits_CV: Tensor = model(torch.tensor([list(c) for c in contexts], device=device)).logits[
+            :, -1
+        ]
+    return logits_CV.float().cpu()
 
 
 # -- sampled --------------------------------------------------------------------------------------
 
 
-def clearest_prompt(
-    model: nn.Module, prompts: Sequence[Prompt], sampling: SamplingParams
-) -> tuple[Prompt, float]:
-    """The prompt after which least depends on rounding, and how far, in logits, its most likely
-    token that may not be sampled stays behind the least likely one that may, at the nearest."""
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What the sampled check counts."""
 
-    def distance(prompt: Prompt) -> float:
-        nearest, contexts = math.inf, [tuple(prompt.tokens)]
-        for _ in range(sampling.max_tokens):
-            longer = []
-            for context in contexts:
-                best = _logits(model, context).topk(sampling.top_k + 1)
-                nearest = min(nearest, float(best.values[-2] - best.values[-1]))
-                longer += [(*context, token) for token in best.indices[:-1].tolist()]
-            contexts = longer
-        return nearest
+    prompt: Prompt
+    expected: Mapping[Response, float]
+    """Probabilities of the responses that are counted apart."""
+    rounding: float
+    """What rounding adds to the statistic, on average; see `noncentrality`."""
 
-    distances = [distance(prompt) for prompt in prompts]
-    clearest = max(range(len(prompts)), key=distances.__getitem__)
-    return prompts[clearest], distances[clearest]
+
+def steadiest_prompt(model: nn.Module, rounded: nn.Module, check: Check) -> Sampled:
+    """That where rounding moves the probabilities of responses least.
+
+    Raises ValueError if no prompt has as many outcomes as the check asks for.
+
+    Args:
+        model: the policy in float32.
+        rounded: the same in SGLang's dtype.
+        check: whose prompts and samples.
+    """
+    least = _FEWEST_EXPECTED / check.num_samples
+    found = []
+    for prompt in _prompts(check):
+        expected = joint_distribution(model, prompt.tokens, check.sampling, least)
+        if len(expected) >= check.least_outcomes:
+            as_rounded = _probabilities(rounded, prompt.tokens, list(expected), check.sampling)
+            moved = noncentrality(as_rounded, expected, check.num_samples)
+            found.append(Sampled(prompt=prompt, expected=expected, rounding=moved))
+    if not found:
+        raise ValueError(
+            f"after none of {check.num_prompts} prompts have {check.least_outcomes} responses of "
+            f"{check.sampling.max_tokens} tokens a probability of {least:.1e} and more; raise "
+            f"num_prompts or num_samples, or lower least_outcomes"
+        )
+    return min(found, key=lambda sampled: sampled.rounding)
 
 
 def joint_distribution(
-    model: nn.Module, prompt: Sequence[int], sampling: SamplingParams
+    model: nn.Module, prompt: Sequence[int], sampling: SamplingParams, least: float = 0.0
 ) -> dict[Response, float]:
-    """Probabilities of all responses of sampling.max_tokens tokens."""
+    """Probabilities of all responses of sampling.max_tokens tokens that have more than `least`."""
     responses: dict[Response, float] = {(): 1.0}
     for _ in range(sampling.max_tokens):
-        longer: dict[Response, float] = {}
-        for tokens, probability in responses.items():
-            probs_V = log_distribution(_logits(model, (*prompt, *tokens)), sampling).exp()
-            for token in probs_V.nonzero().flatten().tolist():
-                longer[(*tokens, token)] = probability * float(probs_V[token])
-        responses = longer
+        logits_CV = _logits(model, [(*prompt, *tokens) for tokens in responses])
+        probs_CV = log_distribution(logits_CV, sampling).exp()
+        responses = {
+            (*tokens, token): probability * float(probs_V[token])
+            for (tokens, probability), probs_V in zip(responses.items(), probs_CV, strict=True)
+            for token in (probability * probs_V > least).nonzero().flatten().tolist()
+        }
     return responses
 
 
-def chi_square_p_value(
-    counts: Mapping[Response, int], expected: Mapping[Response, float], total: int
-) -> float:
-    """Of the counts under the expected probabilities; rare outcomes are taken together.
+def _probabilities(
+    model: nn.Module, prompt: Sequence[int], responses: Sequence[Response], sampling: SamplingParams
+) -> dict[Response, float]:
+    """Of these responses."""
+    logprobs_N = torch.zeros(len(responses))
+    for place in range(sampling.max_tokens):
+        logits_NV = _logits(model, [(*prompt, *tokens[:place]) for tokens in responses])
+        token_N = torch.tensor([tokens[place] for tokens in responses])
+        logprobs_NV = log_distribution(logits_NV, sampling)
+        logprobs_N += logprobs_NV.gather(1, token_N[:, None])[:, 0]
+    return dict(zip(responses, logprobs_N.exp().tolist(), strict=True))
 
-    0 if an outcome was counted that has no probability.
+
+def noncentrality(
+    true: Mapping[Response, float], expected: Mapping[Response, float], total: int
+) -> float:
+    """What the chi-squared statistic of a test against `expected` has too much on average, where
+    samples follow `true`."""
+    rest = max(1 - sum(expected.values()), 1e-9)
+    rest_moved = 1 - sum(true[one] for one in expected) - rest
+    moved = rest_moved**2 / rest if rest * total >= 1 else 0.0
+    return total * sum(
+        ((true[one] - probability) ** 2 / probability for one, probability in expected.items()),
+        start=moved,
+    )
+
+
+_FEWEST_EXPECTED = 5.0
+"""Responses of one kind; rarer ones are counted together."""
+
+
+def chi_square_p_value(
+    counts: Mapping[Response, int],
+    expected: Mapping[Response, float],
+    total: int,
+    allowed: float = 0.0,
+) -> float:
+    """Of the counts under the expected probabilities, with a noncentrality of at most `allowed`.
+
+    What is not among the expected ones, and rare outcomes, are taken together. 0 if an outcome was
+    counted that nothing is left for.
     """
-    if any(count and not expected.get(outcome) for outcome, count in counts.items()):
+    unexpected = sum(count for outcome, count in counts.items() if not expected.get(outcome))
+    if unexpected and 1 - sum(expected.values()) < 1e-5:
         return 0.0
-    common = [outcome for outcome, probability in expected.items() if probability * total >= 5]
+    common = [one for one, chance in expected.items() if chance * total >= _FEWEST_EXPECTED]
     observed = [float(counts.get(outcome, 0)) for outcome in common]
     means = [expected[outcome] * total for outcome in common]
     if (rest := total - sum(means)) >= 1:
         observed.append(total - sum(observed))
         means.append(rest)
     statistic = sum((seen - mean) ** 2 / mean for seen, mean in zip(observed, means, strict=True))
-    return _chi_square_tail(statistic, len(means) - 1)
+    return _chi_square_tail(statistic, len(means) - 1, allowed)
 
 
 def two_sample_p_value(ours: Mapping[Response, int], theirs: Mapping[Response, int]) -> float:
@@ -176,9 +237,14 @@ def two_sample_p_value(ours: Mapping[Response, int], theirs: Mapping[Response, i
     return _chi_square_tail(statistic, len(pairs) - 1)
 
 
-def _chi_square_tail(statistic: float, degrees: int) -> float:
-    half, at = torch.tensor(degrees / 2), torch.tensor(statistic / 2)
-    return float(torch.special.gammaincc(half.double(), at.double()))
+def _chi_square_tail(statistic: float, degrees: int, noncentrality: float = 0.0) -> float:
+    """A noncentral chi-squared variable is a Poisson mixture of central ones."""
+    half_statistic, half = torch.tensor(statistic / 2).double(), noncentrality / 2
+    last = math.ceil(half + 12 * math.sqrt(half) + 12) if half else 0
+    extra_K = torch.arange(last + 1).double()
+    log_weight_K = extra_K * math.log(half or 1.0) - half - torch.lgamma(extra_K + 1)
+    tail_K = torch.special.gammaincc(degrees / 2 + extra_K, half_statistic.expand_as(extra_K))
+    return min(1.0, float((log_weight_K.exp() * tail_K).sum()))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -192,6 +258,14 @@ def run(check: Check) -> bool:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     print_machine(device, check.dtype)
     model, _ = load_weights(folder, None, dtype=torch.float32, device=device)
+    dtype = getattr(torch, check.dtype)
+    rounded, _ = load_weights(folder, None, dtype=dtype, device=device)
+    sampled = steadiest_prompt(model, rounded, check)
+    print(
+        f"sampled: prompt {sampled.prompt.prompt_id}, {len(sampled.expected)} responses of "
+        f"{sum(sampled.expected.values()):.3f} in all; rounding adds about {sampled.rounding:.1f} "
+        f"to chi-squared"
+    )
     selectors: dict[str, StrategySelector] = {
         "off": FixedStrategy("off"),
         **{strategy: FixedStrategy(strategy) for strategy in check.strategies},
@@ -208,7 +282,7 @@ def run(check: Check) -> bool:
     try:
         engine.start(folder)
         engine.load_policy(model.named_parameters(), version=0)
-        comparison = Comparison(check, engine, model, folder)
+        comparison = Comparison(check, engine, model, sampled)
         lengths = [comparison.add(name, selector) for name, selector in selectors.items()]
         if check.sglang.memory_saver:
             engine.sleep()
@@ -226,6 +300,15 @@ def run(check: Check) -> bool:
         engine.close()
 
 
+def _prompts(check: Check) -> list[Prompt]:
+    return random_prompts(
+        str(resolve_model(check.model)),
+        length=check.prompt_tokens,
+        count=check.num_prompts,
+        seed=check.seed,
+    )
+
+
 class Comparison:
     """Holds what an engine generates against the policy, and against its own plain decoding.
 
@@ -233,19 +316,13 @@ class Comparison:
         check: what to compare.
         engine: that serves the policy.
         model: the policy, in float32.
-        folder: of the model.
+        sampled: what the sampled check counts.
     """
 
-    def __init__(self, check: Check, engine: SGLangEngine, model: Any, folder: str) -> None:
+    def __init__(self, check: Check, engine: SGLangEngine, model: Any, sampled: Sampled) -> None:
         self._check, self._engine, self._model = check, engine, model
-        self._prompts = random_prompts(
-            folder, length=check.prompt_tokens, count=check.num_prompts, seed=check.seed
-        )
-        self._sampled_prompt, distance = self._prompts[0], math.inf
-        if 0 < check.sampling.top_k < model.config.vocab_size:
-            self._sampled_prompt, distance = clearest_prompt(model, self._prompts, check.sampling)
-        print(f"sampled: prompt {self._sampled_prompt.prompt_id}, {distance:.3f} from other tokens")
-        self._expected = joint_distribution(model, self._sampled_prompt.tokens, check.sampling)
+        self._prompts = _prompts(check)
+        self._sampled = sampled
         self._plain: list[Response] = []
         self._plain_counts: Counter[Response] = Counter()
         self._seed = check.seed
@@ -270,8 +347,13 @@ class Comparison:
             logit_gap(self._model, prompt.tokens, ours, theirs)
             for prompt, ours, theirs in zip(prompts, responses, self._plain, strict=True)
         ]
-        counts = self._sampled()
-        p_exact = chi_square_p_value(counts, self._expected, check.num_samples)
+        counts = self._draw()
+        p_exact = chi_square_p_value(
+            counts,
+            self._sampled.expected,
+            check.num_samples,
+            _ROUNDING_ALLOWED**2 * self._sampled.rounding,
+        )
         p_plain = two_sample_p_value(counts, self._plain_counts) if self._plain_counts else 1.0
         self._plain_counts = self._plain_counts or counts
         is_good = max(gaps) <= check.largest_gap and min(p_exact, p_plain) >= check.least_p
@@ -284,9 +366,9 @@ class Comparison:
         )
         return accept_length
 
-    def _sampled(self) -> Counter[Response]:
+    def _draw(self) -> Counter[Response]:
         rollouts = self._engine.generate(
-            [self._sampled_prompt],
+            [self._sampled.prompt],
             self._check.sampling,
             num_samples=self._check.num_samples,
             seed=self._seed,

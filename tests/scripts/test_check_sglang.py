@@ -1,5 +1,7 @@
 """Checking that SGLang rollouts follow the policy: its statistics, and all of it in miniature."""
 
+import dataclasses
+import functools
 import importlib.util
 import itertools
 import random
@@ -7,20 +9,23 @@ from collections import Counter
 
 import check_sglang
 import pytest
+import torch
 from check_sglang import (
     Check,
     chi_square_p_value,
-    clearest_prompt,
     joint_distribution,
     logit_gap,
+    noncentrality,
     run,
+    steadiest_prompt,
     two_sample_p_value,
 )
 from sd_engines import SGLangOptions
+from transformers import AutoModelForCausalLM
 
 from fastrl.rollout.bandit import InTurns
 from fastrl.types import SamplingParams
-from tests.rollout.tiny_models import make_drafter, make_prompts, make_target
+from tests.rollout.tiny_models import make_drafter, make_target
 from tests.sglang_cpu import environment
 
 EXPECTED = {(i, j): 0.1 * (i + 1) * (0.7 if j else 0.3) for i in range(4) for j in range(2)}
@@ -55,28 +60,95 @@ def test_what_has_no_probability_cannot_be():
     assert chi_square_p_value({(9, 9): 0, **drawn(EXPECTED, 100, 3)}, EXPECTED, 100) > 1e-4
 
 
-def test_the_clearest_prompt_is_the_one_with_the_widest_margin(target_model_of_script):
-    sampling = SamplingParams(max_tokens=2, top_k=3)
-    prompts = make_prompts(5)
-    prompt, distance = clearest_prompt(target_model_of_script, prompts, sampling)
-    margins = {}
-    for one in prompts:
-        found = []
-        for response in joint_distribution(target_model_of_script, one.tokens, sampling):
-            for place in range(2):
-                tokens = (*one.tokens, *response[:place])
-                ordered = check_sglang._logits(target_model_of_script, tokens).sort().values
-                found.append(float(ordered[-3] - ordered[-4]))
-        margins[one.prompt_id] = min(found)
-    assert distance == max(margins.values()) == margins[prompt.prompt_id]
-    assert len(set(margins.values())) == 5
+def test_unlisted_outcomes_are_counted_together():
+    listed = {one: chance for one, chance in EXPECTED.items() if one[0]}
+    for seed in range(3):
+        assert chi_square_p_value(drawn(EXPECTED, 2000, seed), listed, 2000) > 1e-3
+    more = dict(EXPECTED)
+    more[(0, 1)] += 0.05
+    more[(3, 1)] -= 0.05
+    assert chi_square_p_value(drawn(more, 4000, 3), listed, 4000) < 1e-4
+
+
+def test_rounding_is_allowed_for_and_no_more():
+    """Samples of a distribution that is a little off are as likely as any if that is allowed."""
+    moved = dict(EXPECTED)
+    moved[(3, 1)] += 0.012
+    moved[(0, 1)] -= 0.012
+    allowed = noncentrality(moved, EXPECTED, 8000)
+    values = [
+        chi_square_p_value(drawn(moved, 8000, seed), EXPECTED, 8000, allowed) for seed in range(200)
+    ]
+    assert 8 <= sum(value < 0.1 for value in values) <= 36
+    assert 70 <= sum(value < 0.5 for value in values) <= 130
+    central = [chi_square_p_value(drawn(moved, 8000, i), EXPECTED, 8000) for i in range(200)]
+    assert sum(value < 0.1 for value in central) > 100
+    assert noncentrality(EXPECTED, EXPECTED, 8000) < 1e-9
+    listed = {one: chance for one, chance in EXPECTED.items() if one[0]}
+    of_rest = 8000 * 0.012**2 * (1 / EXPECTED[(3, 1)] + 1 / (1 - sum(listed.values())))
+    assert noncentrality(moved, listed, 8000) == pytest.approx(of_rest)
+
+
+def test_the_sampled_prompt_is_the_one_that_rounding_moves_least(target_model_of_script, folder):
+    """Against every response's probability, one token at a time, in both dtypes."""
+    model = target_model_of_script
+    rounded = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.bfloat16).eval()
+    check = Check(
+        model=str(folder / "target"),
+        drafter="none",
+        num_prompts=5,
+        num_samples=400,
+        sampling=SamplingParams(max_tokens=2, top_k=3),
+        least_outcomes=9,
+    )
+    moved = {}
+    for prompt in check_sglang._prompts(check):
+        true, expected = (
+            one_by_one(one, prompt.tokens, check.sampling) for one in (rounded, model)
+        )
+        assert joint_distribution(model, prompt.tokens, check.sampling) == pytest.approx(expected)
+        likely = {one: chance for one, chance in expected.items() if chance > 5 / 400}
+        if len(likely) >= 9:
+            moved[prompt.prompt_id] = sum(
+                400 * (true.get(one, 0.0) - chance) ** 2 / chance for one, chance in likely.items()
+            )
+    sampled = steadiest_prompt(model, rounded, check)
+    assert len(moved) > 1
+    assert sampled.prompt.prompt_id == min(moved, key=moved.__getitem__)
+    assert sampled.rounding == pytest.approx(min(moved.values()), rel=1e-3)
+    assert len(sampled.expected) == 9
+    with pytest.raises(ValueError, match="lower least_outcomes"):
+        steadiest_prompt(model, rounded, dataclasses.replace(check, least_outcomes=10))
+
+
+def one_by_one(model, prompt, sampling):
+    """By response of two tokens."""
+    found = {}
+    for first in range(model.config.vocab_size):
+        chance = probability(model, prompt, first, sampling)
+        if chance:
+            for second in range(model.config.vocab_size):
+                found[first, second] = chance * probability(
+                    model, (*prompt, first), second, sampling
+                )
+    return {one: chance for one, chance in found.items() if chance}
+
+
+@functools.cache
+def probability(model, context, token, sampling):
+    with torch.no_grad():
+        logits_V = model(torch.tensor([context])).logits[0, -1].float()
+    best = logits_V.topk(sampling.top_k)
+    if token not in best.indices:
+        return 0.0
+    return float(best.values.softmax(0)[best.indices.tolist().index(token)])
 
 
 def test_gap_of_logits_where_responses_part(target_model_of_script):
     model = target_model_of_script
     prompt, ours = (5, 6, 7), (8, 9, 10)
     assert logit_gap(model, prompt, ours, ours) == 0
-    logits_V = check_sglang._logits(model, (5, 6, 7, 8))
+    (logits_V,) = check_sglang._logits(model, [(5, 6, 7, 8)])
     expected = float((logits_V[9] - logits_V[11]).abs())
     assert logit_gap(model, prompt, ours, (8, 11, 3)) == expected > 0
 
@@ -100,8 +172,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def target_model_of_script(folder):
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder / "target").eval()
 
 
@@ -118,7 +188,8 @@ def test_real_sglang_passes_and_a_wrong_policy_does_not(folder, monkeypatch, cap
         num_prompts=4,
         max_tokens=24,
         num_samples=300,
-        sampling=SamplingParams(max_tokens=2, top_k=3, ignore_eos=True),
+        sampling=SamplingParams(max_tokens=2, ignore_eos=True),
+        least_outcomes=8,
         dtype="float32",
         device="cpu",
         largest_gap=1e-3,
@@ -135,13 +206,14 @@ def test_real_sglang_passes_and_a_wrong_policy_does_not(folder, monkeypatch, cap
     )
     assert run(check)
     assert "in turns" in capsys.readouterr().out
-    exact = check_sglang.joint_distribution
-    monkeypatch.setattr(  # as if the policy were another one: hotter
-        check_sglang,
-        "joint_distribution",
-        lambda model, prompt, sampling: exact(
-            model, prompt, SamplingParams(max_tokens=2, top_k=3, temperature=3.0)
-        ),
-    )
+    steadiest = check_sglang.steadiest_prompt
+
+    def of_another_policy(model, rounded, check):  # a colder one
+        sampled = steadiest(model, rounded, check)
+        colder = dataclasses.replace(check.sampling, temperature=0.8)
+        expected = joint_distribution(model, sampled.prompt.tokens, colder, 5 / check.num_samples)
+        return dataclasses.replace(sampled, expected=expected)
+
+    monkeypatch.setattr(check_sglang, "steadiest_prompt", of_another_policy)
     assert not run(check)
     assert "failed" in capsys.readouterr().out
