@@ -35,7 +35,7 @@ from torch import Tensor
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.rollout.sglang_versions import move_read_done
 
-MOST_UNREAD_TOKENS = 32
+MOST_UNREAD_TOKENS = 64
 """Tokens of a row that plain decoding leaves to the drafter to read at once, at most."""
 
 _PREFILL_TOKENS = 8192
