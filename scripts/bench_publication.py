@@ -1,10 +1,11 @@
-"""How long it takes to give SGLang a new policy, and a new drafter.
+"""How long it takes to give SGLang a new policy and a new drafter, and to compare it with them.
 
 The weights lie where a trainer on the same device has them, in either dtype, and are published
 again and again; each publication is timed from the call to its return, after which the engine
 generates with the new weights. They are random ones of the model's shape: what is measured does
 not depend on their values. Weights of SGLang's dtype on a GPU are read where they are, through the
-handles of their memory; others are cast on the way, bucket by bucket.
+handles of their memory; others are cast on the way, bucket by bucket. The comparison, number by
+number, is what `callbacks/health.py` does after a publication.
 
     python scripts/bench_publication.py --model qwen2.5-7b --sglang.attention_backend triton \\
         --sglang.mem_fraction_static 0.4 --sglang.server_args.context_length 4096
@@ -29,6 +30,7 @@ from transformers import AutoConfig
 
 from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.weight_differences import WeightDifference
 from fastrl.types import Prompt, SamplingParams
 
 
@@ -54,7 +56,7 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Publication:
-    """Of one model's weights, repeated."""
+    """Of one model's weights, or their comparison, repeated."""
 
     seconds: list[float]
     gigabytes: float
@@ -94,21 +96,27 @@ def run(bench: Bench) -> Mapping[str, Publication]:
             for trainer_dtype in bench.trainer_dtypes:
                 dtype = getattr(torch, trainer_dtype)
                 policy = dict(random_weights(config, dtype=dtype, device=device, seed=0))
-                publications[f"policy, {trainer_dtype}"] = _measure(
-                    bench, policy, partial(_publish, engine.load_policy, policy)
-                )
                 weights = {name: one.to(device, dtype) for name, one in drafter.named_weights()}
-                publications[f"drafter, {trainer_dtype}"] = _measure(
-                    bench, weights, partial(_publish, engine.load_drafter, weights)
-                )
-                del policy, weights
+                for name, own, work in (
+                    ("policy", policy, partial(_publish, engine.load_policy, policy)),
+                    ("policy compared", policy, partial(_compare, engine.compare_policy, policy)),
+                    ("drafter", weights, partial(_publish, engine.load_drafter, weights)),
+                    (
+                        "drafter compared",
+                        weights,
+                        partial(_compare, engine.compare_drafter, weights),
+                    ),
+                ):
+                    publication = publications[f"{name}, {trainer_dtype}"] = _measure(
+                        bench, own, work
+                    )
+                    print(f"{name + ', ' + trainer_dtype:>26}: {publication}", flush=True)
+                del policy, weights, own, work
             engine.strategy_selector = FixedStrategy("off")
             prompt = Prompt(prompt_id=0, tokens=(2, 3, 4), text="", answer="")
             engine.generate([prompt], SamplingParams(max_tokens=2))  # what was published runs
         finally:
             engine.close()
-    for name, publication in publications.items():
-        print(f"{name:>17}: {publication}")
     return publications
 
 
@@ -116,14 +124,21 @@ def _publish(load: Callable[..., None], weights: Mapping[str, Tensor], version: 
     load(weights.items(), version=version)
 
 
+def _compare(
+    compare: Callable[..., list[WeightDifference]], weights: Mapping[str, Tensor], version: int
+) -> None:
+    if differences := compare(weights.items()):
+        raise RuntimeError(f"publication {version} did not arrive: {differences[0]}")
+
+
 def _measure(
-    bench: Bench, weights: Mapping[str, Tensor], publish: Callable[[int], None]
+    bench: Bench, weights: Mapping[str, Tensor], work: Callable[[int], None]
 ) -> Publication:
     seconds = []
     for version in range(bench.rounds + 1):
         _settle(weights)
         started = time.perf_counter()
-        publish(version)
+        work(version)
         seconds.append(time.perf_counter() - started)
     width = getattr(torch, bench.dtype).itemsize
     num_bytes = sum(tensor.numel() for tensor in weights.values()) * width
