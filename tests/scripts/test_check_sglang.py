@@ -13,8 +13,8 @@ import torch
 from check_sglang import (
     Check,
     chi_square_p_value,
+    excess_p_value,
     joint_distribution,
-    logit_gap,
     noncentrality,
     run,
     steadiest_prompt,
@@ -97,6 +97,7 @@ def test_the_sampled_prompt_is_the_one_that_rounding_moves_least(target_model_of
         model=str(folder / "target"),
         drafter="none",
         num_prompts=5,
+        prompt_tokens=24,
         num_samples=400,
         sampling=SamplingParams(max_tokens=2, top_k=3),
         least_outcomes=9,
@@ -144,13 +145,52 @@ def probability(model, context, token, sampling):
     return float(best.values.softmax(0)[best.indices.tolist().index(token)])
 
 
-def test_gap_of_logits_where_responses_part(target_model_of_script):
+def test_shortfalls_of_a_response_token_by_token(target_model_of_script):
     model = target_model_of_script
-    prompt, ours = (5, 6, 7), (8, 9, 10)
-    assert logit_gap(model, prompt, ours, ours) == 0
-    (logits_V,) = check_sglang._logits(model, [(5, 6, 7, 8)])
-    expected = float((logits_V[9] - logits_V[11]).abs())
-    assert logit_gap(model, prompt, ours, (8, 11, 3)) == expected > 0
+    contexts = [((5, 6, 7), (8, 9, 10)), ((3, 4), (11,)), ((9, 8, 7, 6), (2, 3))]
+    found = check_sglang.shortfalls(model, contexts)
+    for (prompt, response), short_T in zip(contexts, found, strict=True):
+        assert len(short_T) == len(response)
+        for place, token in enumerate(response):
+            with torch.no_grad():
+                logits_V = model(torch.tensor([(*prompt, *response[:place])])).logits[0, -1]
+            expected = float(logits_V.max() - logits_V[token])
+            assert float(short_T[place]) == pytest.approx(expected, abs=1e-5)
+    assert max(map(float, torch.cat(found))) > 0.1
+    best = check_sglang.shortfalls(model, contexts, other=model)
+    assert [len(one) for one in best] == [3, 1, 2]
+    assert not torch.cat(best).any()
+
+
+def test_shortfalls_of_what_another_model_would_take(target_model_of_script, folder):
+    other = AutoModelForCausalLM.from_pretrained(folder / "target").eval()
+    with torch.no_grad():
+        other.model.norm.weight.neg_()
+        logits_V, other_V = (
+            model(torch.tensor([[5, 6]])).logits[0, -1] for model in (target_model_of_script, other)
+        )
+    ((short,),) = check_sglang.shortfalls(target_model_of_script, [((5, 6), (7,))], other=other)
+    expected = float(logits_V.max() - logits_V[other_V.argmax()])
+    assert float(short) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.1
+
+
+def test_more_misses_than_chance_explains():
+    assert excess_p_value(0, 100, 0, 100) == 1
+    assert excess_p_value(10, 1000, 10, 1000) == pytest.approx(0.5)
+    assert excess_p_value(60, 1000, 10, 1000) < 1e-6
+    assert excess_p_value(10, 1000, 60, 1000) > 0.999
+    rng = random.Random(0)
+    values = [
+        excess_p_value(
+            sum(rng.random() < 0.05 for _ in range(900)),
+            900,
+            sum(rng.random() < 0.05 for _ in range(1100)),
+            1100,
+        )
+        for _ in range(300)
+    ]
+    assert 15 <= sum(value < 0.1 for value in values) <= 48
 
 
 def test_strategies_come_in_turns_and_excluded_ones_are_left_out():
@@ -186,13 +226,13 @@ def test_real_sglang_passes_and_a_wrong_policy_does_not(folder, monkeypatch, cap
         drafter=str(folder / "drafter"),
         strategies=["3_1_4", "3_4_8"],
         num_prompts=4,
+        prompt_tokens=24,
         max_tokens=24,
         num_samples=300,
         sampling=SamplingParams(max_tokens=2, ignore_eos=True),
         least_outcomes=8,
         dtype="float32",
         device="cpu",
-        largest_gap=1e-3,
         sglang=SGLangOptions(
             mem_fraction_static=0.1,
             attention_backend="intel_amx",
