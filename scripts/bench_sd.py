@@ -90,6 +90,8 @@ class Bench:
     with a config.json, or one of qwen2.5-7b and qwen2.5-32b."""
     drafter: str | None = None
     """Folder of its EAGLE drafter; null with load_format dummy: one with random weights."""
+    draft_vocab_size: int | None = None
+    """Of a drafter with random weights: tokens that it drafts; null: the target's."""
     ckpt: str | None = None
     """Checkpoint of a run, whose policy and co-trained drafter take the folders' places."""
     load_format: Literal["auto", "dummy"] = "auto"
@@ -166,6 +168,13 @@ class Bench:
                 raise ValueError(
                     f"simulate_accept_length must be >= 1 token, got {self.simulate_accept_length}"
                 )
+        if self.draft_vocab_size is not None and (
+            self.load_format != "dummy" or self.drafter is not None
+        ):
+            raise ValueError(
+                "draft_vocab_size is of a drafter with random weights, which load_format dummy "
+                "without a drafter makes; scripts/trim_vocabulary.py trims one that there is"
+            )
         if self.load_format == "dummy" and self.ckpt is not None:
             raise ValueError("load_format dummy takes no weights, but --ckpt names some; drop one")
         if self.rounds < 1 or self.warm_up_rounds < 1 or self.num_samples < 1:
@@ -204,7 +213,10 @@ def prepare(bench: Bench, scratch: Path) -> Subject:
         config = AutoConfig.from_pretrained(folder)
         if drafter_path is None:
             drafter_path = str(scratch / "drafter")
-            EagleDrafter.for_target(config, seed=bench.seed).save_pretrained(drafter_path)
+            drafter = EagleDrafter.for_target(config, seed=bench.seed)
+            if bench.draft_vocab_size is not None:
+                drafter.trim_vocabulary(range(bench.draft_vocab_size))
+            drafter.save_pretrained(drafter_path)
 
         def weights() -> Iterable[tuple[str, Tensor]]:
             return random_weights(config, dtype=dtype, device=device, seed=bench.seed)

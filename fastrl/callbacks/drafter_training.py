@@ -29,6 +29,7 @@ from fastrl.callbacks.time_budget import SpentTime, TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loss import EagleLoss, LossSettings, eagle_loss
 from fastrl.rollout.drafters.packing import fold_segments, pack_sequences
+from fastrl.rollout.drafters.vocabulary import check_same_vocabulary
 from fastrl.rollout.engine import IdleWindow, RolloutEngine
 from fastrl.types import PolicySource, RolloutBatch
 
@@ -325,6 +326,7 @@ class DrafterTraining(Callback):
         drafter, optimizer = self._learner()
         return {
             "drafter": {name: weight.detach() for name, weight in drafter.named_weights()},
+            "token_map": drafter.token_map_F,
             "optimizer": optimizer.state_dict(),
             "buffer": self.buffer.state_dict(),
             "generator": self._generator.get_state(),
@@ -344,6 +346,7 @@ class DrafterTraining(Callback):
         if (state := self._restored) is None:
             return
         drafter, optimizer = self._learner()
+        check_same_vocabulary(drafter.token_map_F, state.get("token_map"))
         drafter.load_weights(state["drafter"].items(), source="the resumed checkpoint")
         optimizer.load_state_dict(state["optimizer"])
         self.buffer.load_state_dict(state["buffer"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.bandit_base import Bandit
+from fastrl.rollout.drafters.vocabulary import TOKEN_MAP_FILE
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sglang_plugin import ALGORITHM
 from fastrl.rollout.sglang_pool import StrategyPool
@@ -58,7 +60,10 @@ def speculation_arguments(
     largest = pool if pool is not None else strategies[0]
     if largest.depth == 0:
         return {}
-    return {
+    vocabulary: dict[str, Any] = {}
+    if drafter_path is not None and (path := Path(drafter_path) / TOKEN_MAP_FILE).is_file():
+        vocabulary = {"speculative_token_map": str(path)}
+    return vocabulary | {
         "speculative_algorithm": "EAGLE" if pool is None else ALGORITHM,
         "speculative_draft_model_path": drafter_path,
         "speculative_num_steps": largest.depth,
@@ -96,6 +101,7 @@ _SPECULATION = (
     "speculative_num_steps",
     "speculative_eagle_topk",
     "speculative_num_draft_tokens",
+    "speculative_token_map",
 )
 
 

@@ -55,6 +55,7 @@ class EngineHost:
                 f"pip install 'sglang>=0.5.17,<0.5.22'"
             )
         self._engine: Any = None
+        self._has_own_head = False  # the drafter, of a vocabulary of its own
 
     def serve_start(
         self, server_args: Mapping[str, Any], pool: StrategyPool | None
@@ -63,7 +64,8 @@ class EngineHost:
         import sglang
 
         server_args = dict(server_args)
-        if pool is not None or server_args["enable_return_hidden_states"]:
+        self._has_own_head = "speculative_token_map" in server_args
+        if pool is not None or server_args["enable_return_hidden_states"] or self._has_own_head:
             _check_plugin()
         if pool is not None:
             pool.write_to(os.environ)
@@ -221,7 +223,16 @@ class EngineHost:
         if self._has_update_sessions:
             self._check(self._engine.end_weight_update())
         if has_new_weights:
+            if self._has_own_head:
+                self._ask("refresh_draft_head")
             self._flush()
+
+    def serve_draft_head_difference(self) -> tuple[int, int, int]:
+        """See `draft_head_difference`."""
+        if not self._has_own_head:
+            return 0, 0, 0
+        difference: tuple[int, int, int] = self._ask("draft_head_difference")
+        return difference
 
     def _flush(self) -> None:
         flushed = self._engine.flush_cache()

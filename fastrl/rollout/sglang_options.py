@@ -99,6 +99,12 @@ class SGLangOptions:
             | speculation_arguments(strategies, pool, drafter_path)
             | graph_arguments(pool, self.device, self.max_batch_size)
         )
+        if self.tp_size > 1 and "speculative_token_map" in ours:
+            raise ValueError(
+                f"the drafter of {drafter_path} has a vocabulary of its own, which SGLang cannot "
+                f"split among {self.tp_size} GPUs: set engine.tp_size to 1, or give a drafter of "
+                f"the whole vocabulary"
+            )
         check_not_ours(self.server_args, ours)
         return ours | dict(self.server_args)
 

@@ -3,8 +3,8 @@
 SGLang loads `register` by the entry point in group `sglang.srt.plugins` (setup.py), in each of its
 processes. It registers the algorithm `FASTRL`, which is SGLang's own EAGLE in all but the worker
 (sglang_worker.py), and lets the trainer's side talk to that worker over SGLang's RPC: a request
-whose method begins with `fastrl_` is answered by the worker, and its answer goes back in the
-message. An SGLang that runs another algorithm is left as it is, but for hidden states
+whose method begins with `fastrl_` is answered by the worker, or by us, and its answer goes back in
+the message. An SGLang that runs another algorithm is left as it is, but for hidden states
 (sglang_hidden_states.py) and the drafter's embedding (sglang_shared_embedding.py).
 """
 
@@ -17,10 +17,20 @@ from collections.abc import Callable
 from typing import Any
 
 from fastrl.rollout.sglang_hidden_states import keep_all_chunks
+from fastrl.rollout.sglang_shared_embedding import (
+    draft_head_difference,
+    refresh_draft_head,
+)
 from fastrl.rollout.sglang_shared_embedding import register as share_embedding_early
 
 ALGORITHM = "FASTRL"
 RPC_PREFIX = "fastrl_"
+
+_ASKED_OF_ANY_WORKER: dict[str, Callable[..., Any]] = {
+    "refresh_draft_head": refresh_draft_head,
+    "draft_head_difference": draft_head_difference,
+}
+"""By method; of SGLang's own EAGLE worker too."""
 
 _OWN_METHODS = frozenset({"register", "from_string", "create_worker", "handle_server_args"})
 
@@ -80,9 +90,11 @@ def _answer_rpc(original: Callable[..., Any], scheduler: Any, request: Any) -> A
 
     method = request.method.removeprefix(RPC_PREFIX)
     try:
-        answer = getattr(scheduler.draft_worker, f"serve_{method}")(
-            **unpacked(request.parameters["packed"])
-        )
+        arguments = unpacked(request.parameters["packed"])
+        if method in _ASKED_OF_ANY_WORKER:
+            answer = _ASKED_OF_ANY_WORKER[method](scheduler, **arguments)
+        else:
+            answer = getattr(scheduler.draft_worker, f"serve_{method}")(**arguments)
     except Exception as error:
         traceback.print_exc()  # into SGLang's log: the trainer is told in one line
         return RpcReqOutput(success=False, message=f"{type(error).__name__}: {error}")

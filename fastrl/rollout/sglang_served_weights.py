@@ -15,6 +15,7 @@ from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
 from fastrl.rollout.sglang_options import SGLangOptions
 from fastrl.rollout.sglang_process import Role
 from fastrl.rollout.sglang_weights import (
+    MESSAGE_TIMEOUT_S,
     WeightPublisher,
     check_every_weight_is_reached,
     check_ranks_agree,
@@ -93,8 +94,21 @@ class ServedWeights:
         self._has_drafter, self.drafter_version = True, version
 
     def compare_policy(self, named_tensors: NamedTensors) -> list[WeightDifference]:
-        """The policy's weights that differ from these."""
-        return self.policy.compare(self._without_tied(named_tensors))
+        """The policy's weights that differ from these, and those that the drafter has copied."""
+        differences = self.policy.compare(self._without_tied(named_tensors))
+        num_compared, num_different, num_nonzero = self._process.call(
+            "draft_head_difference", MESSAGE_TIMEOUT_S
+        )
+        if num_different:
+            differences.append(
+                WeightDifference(
+                    name="the LM head's rows of the drafter's vocabulary",
+                    num_compared=num_compared,
+                    num_different=num_different,
+                    num_nonzero=num_nonzero,
+                )
+            )
+        return differences
 
     def compare_drafter(self, named_tensors: NamedTensors) -> list[WeightDifference]:
         """The drafter's weights that differ from these; none without a drafter."""

@@ -5,13 +5,18 @@ memory is left, and only then puts the policy's in their place: too late for the
 Qwen2.5-7B these are 2 * 152064 * 3584 numbers, 2.2 GB, the keys and values of some 37,000 tokens.
 Here they are shared first.
 
-Called in SGLang's scheduler, by FastRL's plugin. Leaves out trimmed draft vocabularies, whose head
-is the drafter's own.
+A drafter with a vocabulary of its own has an LM head of its own, the policy's rows for its tokens,
+which SGLang copies once: `refresh_draft_head` copies them again after the policy was published, or
+the drafter would go on with those of the start and less and less of what it drafts be accepted.
+
+Called in SGLang's scheduler, by FastRL's plugin.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor
 
 _SHARED = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -51,12 +56,41 @@ def _share_before_pools(scheduler: Any) -> None:
         return
     drafting = worker._draft_worker
     drafting.init_token_map()
-    if drafting.hot_token_id is not None:
-        return
     drafting.init_lm_head()  # SGLang does it again after the cache is sized, to no effect
-    if own := own_embedding_bytes(worker):
+    own = own_embedding_bytes(worker)
+    if drafting.hot_token_id is not None:
+        own.pop("lm_head.weight", None)
+    if own:
         raise RuntimeError(
             f"SGLang's drafter keeps weights of its own beside the policy's, which its cache would "
             f"be smaller by: {own} bytes. Its architecture does not share them: use an EAGLE "
             f"drafter, or TorchEngine"
         )
+
+
+def refresh_draft_head(scheduler: Any) -> None:
+    """Copy the policy's rows for the drafter's vocabulary, into the memory that graphs read."""
+    if rows := _draft_head_rows(scheduler):
+        own_FD, policys_FD = rows
+        own_FD.copy_(policys_FD)
+
+
+def draft_head_difference(scheduler: Any) -> tuple[int, int, int]:
+    """Of the drafter's own LM head: numbers, those that are not the policy's, and those that are
+    not zero; no numbers where it is the policy's."""
+    if not (rows := _draft_head_rows(scheduler)):
+        return 0, 0, 0
+    own_FD, policys_FD = rows
+    return own_FD.numel(), int((own_FD != policys_FD).sum()), int(own_FD.count_nonzero())
+
+
+def _draft_head_rows(scheduler: Any) -> tuple[Tensor, Tensor] | None:
+    """The drafter's LM head, and what it should be; None where it is the policy's own."""
+    worker = scheduler.draft_worker
+    drafting: Any = getattr(worker, "_draft_worker", None)
+    token_map_F = getattr(drafting, "hot_token_id", None)
+    if token_map_F is None or scheduler.spec_algorithm.is_eagle3():
+        return None
+    _, policys = worker.target_worker.model_runner.model.get_embed_and_head()
+    own: Tensor = drafting.draft_runner.model.lm_head.weight
+    return own.data, policys.data[token_map_F]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -93,9 +94,19 @@ class TreeBuilder:
         self._scores = [self._beam_scores_BK]
         self._parents = [self.beam_parents_BK]
 
-    def expand(self, logprobs_BKV: Tensor) -> None:
-        """Add the topk children of every beam node; the topk best of them become the beam."""
-        child_logprobs_BKK, child_tokens_BKK = logprobs_BKV.topk(self._topk, dim=-1)
+    def expand(
+        self, logprobs_BKF: Tensor, tokens_of: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Add the topk children of every beam node; the topk best of them become the beam.
+
+        Args:
+            logprobs_BKF: of the draft vocabulary's tokens.
+            tokens_of: gives the target's token ids of places in the draft vocabulary; None where
+                they are the same.
+        """
+        child_logprobs_BKK, child_tokens_BKK = logprobs_BKF.topk(self._topk, dim=-1)
+        if tokens_of is not None:
+            child_tokens_BKK = tokens_of(child_tokens_BKK)
         # A drafter gone bad must cost speed alone: sorted as a number, NaN would come first.
         child_logprobs_BKK = child_logprobs_BKK.nan_to_num(nan=-math.inf, neginf=-math.inf)
         scores_BC = (self._beam_scores_BK.unsqueeze(-1) + child_logprobs_BKK).flatten(1)

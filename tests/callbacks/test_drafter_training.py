@@ -295,6 +295,29 @@ def test_training_lowers_the_loss_of_a_policy_that_stands_still(
     assert rows[-1][3] > rows[0][3] + 0.2
 
 
+def test_a_drafter_of_fewer_tokens_trains_on_these_and_resumes_with_them(
+    drafter_path: str, tmp_path: Path
+) -> None:
+    """Its best token agrees with the target's as often as that is one of its own, at most."""
+    whole = EagleDrafter.from_pretrained(drafter_path)
+    folders = {}
+    for name, tokens in (("few", (1, 2, 5, 8)), ("others", (1, 2, 5, 9))):
+        whole.trim_vocabulary(tokens)
+        folders[name] = str(tmp_path / name)
+        whole.save_pretrained(folders[name])
+    logger = RecordingLogger(tmp_path)
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=2)
+    fit(small_callback(), folders["few"], 4, logger=logger, others=[saver])
+    rows = logged_rows(logger, ["drafter/loss_ce", "drafter/top1_agreement"])
+    assert rows[-1][0] < rows[0][0]
+    assert all(agreement < 0.8 for _, agreement in rows)
+    checkpoint = str(next(tmp_path.glob("step=*.ckpt")))
+    fit(small_callback(), folders["few"], 4, ckpt_path=checkpoint)
+    for name in ("others", "drafter"):
+        with pytest.raises(ValueError, match="resume with the drafter that the run began with"):
+            fit(small_callback(), str(tmp_path / name), 4, ckpt_path=checkpoint)
+
+
 def test_the_loss_is_of_as_many_depths_as_its_settings_say(
     drafter_path: str, tmp_path: Path
 ) -> None:

@@ -453,6 +453,7 @@ def test_the_command_line_is_read():
             "must be >= 1",
         ),
         ({"load_format": "dummy", "ckpt": "x.ckpt"}, "takes no weights"),
+        ({"draft_vocab_size": 64}, "trim_vocabulary.py trims one"),
         ({"warm_up_rounds": 0}, "must be >= 1"),
         ({"batch_sizes": [1, 3]}, r"batch size 3 .*num_samples \(2\)"),
     ],

@@ -5,6 +5,9 @@ that into the distribution of token t+2. Embedding and LM head are the target's,
 part of the drafter. The same forward trains (packed, segment-masked) and serves (cached,
 tree-masked).
 
+It may draft fewer tokens than the target has (vocabulary.py): then its LM head is the target's rows
+for these.
+
 Source: EAGLE (Li et al., ICML 2024, arXiv 2401.15077), in the weight layout of SafeAILab/EAGLE
 that SGLang loads (`LlamaForCausalLMEagle`): `fc` and one Llama layer whose input norm is left out.
 Leaves out EAGLE-3 and training; the loss is fastrl/rollout/drafters/loss.py.
@@ -24,6 +27,12 @@ from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fastrl.rollout.attention import CACHED_ATTENTION
+from fastrl.rollout.drafters.vocabulary import (
+    CONFIG_KEY,
+    checked_token_map,
+    read_token_map,
+    write_token_map,
+)
 from fastrl.rollout.weights import check_fits
 
 ARCHITECTURE = "LlamaForCausalLMEagle"
@@ -48,6 +57,14 @@ class EagleDrafter(nn.Module):
         layer.input_layernorm = nn.Identity()  # type: ignore[assignment]
         self.layers = nn.ModuleList([layer])
         self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.token_map_F: Tensor | None
+        self.register_buffer("token_map_F", None, persistent=False)
+
+    def trim_vocabulary(self, token_ids: Sequence[int] | Tensor, source: str = "a drafter") -> None:
+        """Draft these tokens alone, ascending ids of the target's; ValueError for others."""
+        token_map_F = checked_token_map(token_ids, self.config.vocab_size, source)
+        self.token_map_F = token_map_F.to(self.fc.weight.device)
+        setattr(self.config, CONFIG_KEY, len(token_map_F))
 
     @classmethod
     def for_target(cls, target: PretrainedConfig, *, seed: int) -> EagleDrafter:
@@ -127,6 +144,8 @@ class EagleDrafter(nn.Module):
             name: tensor.detach().contiguous().cpu() for name, tensor in self.named_weights()
         }
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        if self.token_map_F is not None:
+            write_token_map(folder, self.token_map_F)
         config = self.config.to_diff_dict() | {
             "architectures": [ARCHITECTURE],
             "model_type": "llama",
@@ -141,7 +160,8 @@ class EagleDrafter(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or a file of it is missing.
-            ValueError: another architecture, other dimensions, or missing or unknown weights.
+            ValueError: another architecture, other dimensions, missing or unknown weights, or
+                another draft vocabulary than the configuration's.
         """
         folder = Path(folder)
         for file in ("config.json", "model.safetensors"):
@@ -157,6 +177,9 @@ class EagleDrafter(nn.Module):
         if target is not None:
             drafter.check_target(target, str(folder))
         drafter.load_weights(load_file(folder / "model.safetensors").items(), source=str(folder))
+        token_map_F = read_token_map(folder, drafter.config.vocab_size, raw.get(CONFIG_KEY))
+        if token_map_F is not None:
+            drafter.trim_vocabulary(token_map_F, source=str(folder))
         return drafter
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], source: str) -> None:

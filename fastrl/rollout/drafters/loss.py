@@ -7,7 +7,9 @@ distributions, at each depth of the chains it is trained along (chain.py).
 Those of a depth are means over the chains that reach it (SmoothL1 also over hidden dimensions), at
 depth 1 the pairs of the loss mask, so none depends on how sequences were packed. The cross-entropy
 is against the target's whole distribution (soft labels), without temperature or filters, in
-float32. Embedding and LM head are constants here: they get no gradient.
+float32. Of a drafter with a vocabulary of its own, tokens that it cannot draft are left out of the
+sum, the rest keeping their target probabilities, so that a place counts as much as can be drafted
+there. Embedding and LM head are constants here: they get no gradient.
 
 Sources: for one depth EAGLE (Li et al., 2024, arXiv 2401.15077), section 4.2, which weighs
 cross-entropy 0.1 to SmoothL1 1; for several HASS (arXiv 2408.15766) and EAGLE-3 (arXiv 2503.01840),
@@ -102,7 +104,9 @@ def eagle_loss(
         ValueError: the loss mask is empty, so that the means have no denominator.
     """
     by_depth = [
-        _loss_at_depth(chains, lm_head_VD.detach(), hidden_loss_weight, max_chunk_logits)
+        _loss_at_depth(
+            chains, lm_head_VD.detach(), drafter.token_map_F, hidden_loss_weight, max_chunk_logits
+        )
         for chains in chain_depths(drafter, embedding_VD, packed, max_depth=num_depths)
     ]
     if not by_depth:
@@ -114,11 +118,17 @@ def eagle_loss(
 
 
 def _loss_at_depth(
-    chains: ChainDepth, lm_head_VD: Tensor, hidden_loss_weight: float, max_chunk_logits: int
+    chains: ChainDepth,
+    lm_head_VD: Tensor,
+    token_map_F: Tensor | None,
+    hidden_loss_weight: float,
+    max_chunk_logits: int,
 ) -> EagleLoss:
     predicted_MD, target_MD = chains.predicted_MD, chains.target_MD
     hidden = smooth_l1_loss(predicted_MD.float(), target_MD.float())
-    sums = distribution_sums(predicted_MD, target_MD, lm_head_VD, max_chunk_logits)
+    sums = distribution_sums(
+        predicted_MD, target_MD, lm_head_VD, max_chunk_logits, token_map_F=token_map_F
+    )
     cross_entropy, agreement, acceptance = (sums / len(chains)).unbind()
     return EagleLoss(
         loss=cross_entropy + hidden_loss_weight * hidden,
@@ -130,7 +140,12 @@ def _loss_at_depth(
 
 
 def distribution_sums(
-    predicted_MD: Tensor, target_MD: Tensor, lm_head_VD: Tensor, max_chunk_logits: int
+    predicted_MD: Tensor,
+    target_MD: Tensor,
+    lm_head_VD: Tensor,
+    max_chunk_logits: int,
+    *,
+    token_map_F: Tensor | None = None,
 ) -> Tensor:
     """[3] float32: cross-entropy, top-1 agreement and top-1 acceptance, summed over M.
 
@@ -139,24 +154,36 @@ def distribution_sums(
         target_MD: the target's own, in the same places.
         lm_head_VD: the target's LM head.
         max_chunk_logits: places × vocabulary held in memory at a time; backward recomputes them.
+        token_map_F: the draft vocabulary; None for the target's.
     """
+    draft_head_FD = lm_head_VD if token_map_F is None else lm_head_VD[token_map_F]
+    heads = lm_head_VD, draft_head_FD, token_map_F
     chunk = max(max_chunk_logits // lm_head_VD.shape[0], 1)
     if len(predicted_MD) <= chunk:
-        return _chunk_sums(predicted_MD, target_MD, lm_head_VD)
+        return _chunk_sums(predicted_MD, target_MD, *heads)
     sums = predicted_MD.new_zeros(3, dtype=torch.float32)
     chunks = zip(torch.split(predicted_MD, chunk), torch.split(target_MD, chunk), strict=True)
     for predicted, target in chunks:
-        sums = sums + checkpoint(_chunk_sums, predicted, target, lm_head_VD, use_reentrant=False)
+        sums = sums + checkpoint(_chunk_sums, predicted, target, *heads, use_reentrant=False)
     return sums
 
 
-def _chunk_sums(predicted_MD: Tensor, target_MD: Tensor, lm_head_VD: Tensor) -> Tensor:
+def _chunk_sums(
+    predicted_MD: Tensor,
+    target_MD: Tensor,
+    lm_head_VD: Tensor,
+    draft_head_FD: Tensor,
+    token_map_F: Tensor | None,
+) -> Tensor:
     with torch.no_grad():
         target_logprobs_MV = log_distribution(_logits(target_MD, lm_head_VD), _WHOLE_DISTRIBUTION)
         target_probs_MV = target_logprobs_MV.exp()
-    draft_logprobs_MV = log_distribution(_logits(predicted_MD, lm_head_VD), _WHOLE_DISTRIBUTION)
-    cross_entropy_M = -(target_probs_MV * draft_logprobs_MV).sum(-1)
-    draft_best_M = draft_logprobs_MV.argmax(-1)
+        draftable_MF = target_probs_MV if token_map_F is None else target_probs_MV[:, token_map_F]
+    draft_logprobs_MF = log_distribution(_logits(predicted_MD, draft_head_FD), _WHOLE_DISTRIBUTION)
+    cross_entropy_M = -(draftable_MF * draft_logprobs_MF).sum(-1)
+    draft_best_M = draft_logprobs_MF.argmax(-1)
+    if token_map_F is not None:
+        draft_best_M = token_map_F[draft_best_M]
     is_agreed_M = draft_best_M == target_logprobs_MV.argmax(-1)
     acceptance_M = target_probs_MV.gather(-1, draft_best_M.unsqueeze(-1)).squeeze(-1)
     return torch.stack((cross_entropy_M.sum(), is_agreed_M.float().sum(), acceptance_M.sum()))

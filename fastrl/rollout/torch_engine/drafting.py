@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.vocabulary import DraftHead
 from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.torch_engine.cache_views import CausalView, DraftWindow
 from fastrl.rollout.torch_engine.eagle_forward import EagleForward
@@ -65,7 +66,7 @@ class EagleDrafting:
 
     Args:
         drafter: in the target's dtype and on its device.
-        target: lends embedding and LM head.
+        target: lends embedding and LM head, or those of its rows that the drafter's vocabulary has.
         num_rows: most live rows.
     """
 
@@ -73,6 +74,7 @@ class EagleDrafting:
         self.drafter = drafter
         self._target = target
         self._forward = EagleForward(drafter, target.embedding)
+        self._head = DraftHead(target.lm_head, drafter.token_map_F)
         self._cache = self._new_cache(num_rows)
         self._lengths = [0] * num_rows  # pairs cached, by row
         self._last_hidden_BD = torch.zeros(0)  # after the last sampled tokens, of the last draft
@@ -93,6 +95,10 @@ class EagleDrafting:
             dtype=self._target.dtype,
             device=self._target.device,
         )
+
+    def refresh_head(self) -> None:
+        """Draft by the target's LM head as it now is."""
+        self._head.refresh()
 
     def refresh(self) -> None:
         """Serve the drafter's weights as they now are."""
@@ -163,7 +169,7 @@ class EagleDrafting:
             if level:
                 window.add_level(None)
                 hidden_B1D = self._draft_level(rows, tokens[-1], hidden_B1D, window, level)
-            tokens.append(self._target.lm_head(hidden_B1D).argmax(-1))
+            tokens.append(self._head.tokens(self._head.logits(hidden_B1D).argmax(-1)))
         return chain(torch.cat(tokens, dim=1))
 
     def _draft_tree(
@@ -185,7 +191,8 @@ class EagleDrafting:
                 hidden_BKD = self._draft_level(
                     rows, builder.beam_tokens_BK, hidden_BKD, window, level
                 )
-            builder.expand(log_distribution(self._target.lm_head(hidden_BKD), unfiltered))
+            logprobs_BKF = log_distribution(self._head.logits(hidden_BKD), unfiltered)
+            builder.expand(logprobs_BKF, self._head.tokens)
         return builder.build(strategy.verify_tokens)
 
     def _draft_level(

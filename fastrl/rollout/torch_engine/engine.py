@@ -136,7 +136,10 @@ class TorchEngine:
 
     def load_policy(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the policy's weights; those of our dtype and device are shared, not copied."""
-        self._started().target.load(named_tensors)
+        loaded = self._started()
+        loaded.target.load(named_tensors)
+        if loaded.drafting is not None:
+            loaded.drafting.refresh_head()
         self._policy_version = version
         events = self._events
         self._events = dataclasses.replace(events, policy_loads=events.policy_loads + 1)
