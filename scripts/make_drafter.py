@@ -31,7 +31,7 @@ class Recipe:
     output: Path
     """Folder to write to, which must hold no drafter yet."""
     kind: Literal["eagle", "eagle3"] = "eagle"
-    """Of drafter; TorchEngine serves both, SGLangEngine EAGLE."""
+    """Of drafter."""
     seed: int = 0
     """Of the weights."""
 

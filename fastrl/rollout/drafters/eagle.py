@@ -10,7 +10,7 @@ for these.
 
 Source: EAGLE (Li et al., ICML 2024, arXiv 2401.15077), in the weight layout of SafeAILab/EAGLE
 that SGLang loads (`LlamaForCausalLMEagle`): `fc` and one Llama layer whose input norm is left out.
-Leaves out EAGLE-3 and training; the loss is fastrl/rollout/drafters/loss.py.
+Leaves out EAGLE-3 (eagle3.py) and training; the loss is fastrl/rollout/drafters/loss.py.
 """
 
 from __future__ import annotations
@@ -268,9 +268,8 @@ def check_architecture(architectures: Sequence[str] | None, expected: str, sourc
     if any("Eagle3" in one for one in architectures or ()):
         raise ValueError(
             f"drafter checkpoint {source} is an EAGLE-3 drafter ({architectures}), which reads "
-            f"hidden states of several layers and has a vocabulary of its own; TorchEngine runs "
-            f"it, SGLangEngine EAGLE drafters of architecture {expected} alone: give one, or make "
-            f"one with EagleDrafter.for_target"
+            f"hidden states of several layers and has a vocabulary of its own; expected an EAGLE "
+            f"drafter of architecture {expected}: load it as Eagle3Drafter, or by load_drafter"
         )
     raise ValueError(
         f"drafter checkpoint {source} has architectures {architectures}, expected "

@@ -34,6 +34,8 @@ from fastrl.rollout.drafters.vocabulary import checked_token_map
 
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 """In `eagle_config`, by SGLang's name: layers whose output is read, counted from 0."""
+_FEWEST_LAYERS = 7
+"""Of a target in which EAGLE-3's choice of layers are three."""
 _VARIANTS = ("fc_norm", "use_aux_norm", "norm_before_fc", "norm_output")
 
 
@@ -44,7 +46,7 @@ def default_feature_layers(num_layers: int) -> tuple[int, ...]:
             f"EAGLE-3 reads what inner layers are given, and a target of {num_layers} layer has "
             f"none; use an EAGLE drafter"
         )
-    if num_layers >= 7:
+    if num_layers >= _FEWEST_LAYERS:
         return 2, num_layers // 2, num_layers - 3
     return tuple(sorted({1, num_layers // 2, num_layers - 1}))
 
@@ -179,8 +181,10 @@ class Eagle3Drafter(EagleDrafter):
     def _completed(cls, raw: dict[str, Any], target: PretrainedConfig | None) -> dict[str, Any]:
         eagle_config = dict(raw.get("eagle_config") or {})
         if eagle_config.get(_LAYER_IDS) is None and target is not None:
-            layers = default_feature_layers(target.get_text_config().num_hidden_layers)
-            eagle_config[_LAYER_IDS] = [layer - 1 for layer in layers]
+            num_layers = target.get_text_config().num_hidden_layers
+            if num_layers >= _FEWEST_LAYERS:
+                layers = default_feature_layers(num_layers)
+                eagle_config[_LAYER_IDS] = [layer - 1 for layer in layers]
         return raw | {"eagle_config": eagle_config}
 
     # -- weights ----------------------------------------------------------------------------------

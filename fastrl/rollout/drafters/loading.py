@@ -11,14 +11,18 @@ from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
 
 
+def is_eagle3(folder: str | Path) -> bool:
+    """Whether a checkpoint, by its configuration, is an EAGLE-3 drafter."""
+    config = Path(folder) / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("architectures") == [
+        Eagle3Drafter.ARCHITECTURE
+    ]
+
+
 def load_drafter(folder: str | Path, target: PretrainedConfig | None = None) -> EagleDrafter:
     """Load a checkpoint; with `target`, check that it fits.
 
     Raises as `EagleDrafter.from_pretrained` does.
     """
-    config = Path(folder) / "config.json"
-    architectures = (
-        json.loads(config.read_text()).get("architectures") if config.is_file() else None
-    )
-    is_eagle3 = architectures == [Eagle3Drafter.ARCHITECTURE]
-    return (Eagle3Drafter if is_eagle3 else EagleDrafter).from_pretrained(folder, target)
+    kind = Eagle3Drafter if is_eagle3(folder) else EagleDrafter
+    return kind.from_pretrained(folder, target)
