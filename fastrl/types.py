@@ -323,7 +323,9 @@ class SequenceFeatures:
     """One sequence as a drafter trains on it: tokens and the target's hidden states, aligned."""
 
     tokens_T: Tensor  # int64: prompt and response
-    hidden_TD: Tensor  # after the target's final norm; row t was computed from tokens 0 … t
+    hidden_TD: Tensor
+    """After the target's final norm; then, side by side, the inputs of the layers that the drafter
+    reads, if any. Row t was computed from tokens 0 … t."""
     num_prompt_tokens: int
     rl_step: int
     """RL step whose policy computed the hidden states."""
@@ -345,6 +347,8 @@ class PolicySource(Protocol):
     """Whether an update is under way, between whose ends the policy is of no version."""
     collect_features: bool
     """Set by whoever wants `take_features`: keep hidden states of the training forward."""
+    feature_layers: tuple[int, ...]
+    """Set likewise: layers whose inputs the features have besides."""
 
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Named weights in Hugging Face names: the live parameters, not copies; DTensors where the

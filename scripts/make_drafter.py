@@ -1,4 +1,4 @@
-"""Make a fresh EAGLE drafter for a model: random weights in the shape that fits it.
+"""Make a fresh EAGLE or EAGLE-3 drafter for a model: random weights in the shape that fits it.
 
 It drafts nothing that is accepted, until co-training (`DrafterTraining`) has taught it: the bandit
 leaves it alone until then. Leaves out training, on data or a run's rollouts.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jsonargparse
 from transformers import AutoConfig
@@ -17,6 +18,7 @@ from transformers import AutoConfig
 from fastrl.model_files import resolve_model
 from fastrl.modules.loading import check_model_folder
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class Recipe:
     read."""
     output: Path
     """Folder to write to, which must hold no drafter yet."""
+    kind: Literal["eagle", "eagle3"] = "eagle"
+    """Of drafter."""
     seed: int = 0
     """Of the weights."""
 
@@ -41,7 +45,8 @@ def make(recipe: Recipe) -> None:
         )
     folder = resolve_model(recipe.model)
     check_model_folder(folder)
-    drafter = EagleDrafter.for_target(AutoConfig.from_pretrained(folder), seed=recipe.seed)
+    drafter_class = Eagle3Drafter if recipe.kind == "eagle3" else EagleDrafter
+    drafter = drafter_class.for_target(AutoConfig.from_pretrained(folder), seed=recipe.seed)
     drafter.save_pretrained(recipe.output)
     num_weights = sum(weight.numel() for _, weight in drafter.named_weights())
     print(f"a drafter of {num_weights / 1e6:.1f} million random weights is in {recipe.output}")

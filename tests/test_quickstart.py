@@ -11,9 +11,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoConfig
 
 from fastrl.callbacks import DrafterTraining
 from fastrl.cli import FastRLCLI
+from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
 from fastrl.types import RolloutBatch
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +158,31 @@ def test_speculation_changes_neither_tokens_nor_rewards_nor_weights(tmp_path: Pa
     theirs = weights(plain_cli)
     for name, tensor in weights(adaptive_cli).items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def test_an_eagle_3_drafter_is_co_trained_and_changes_no_token(tmp_path: Path) -> None:
+    """From random weights: soon some of its drafts are accepted."""
+    policy = AutoConfig.from_pretrained(ROOT / "models/quickstart/policy")
+    drafter = Eagle3Drafter.for_target(policy, seed=0)
+    drafter.save_pretrained(tmp_path / "drafter")
+    cli, speculating = run_quickstart(
+        tmp_path / "eagle3",
+        f"--data.init_args.engine.init_args.drafter_path={tmp_path / 'drafter'}",
+        "--data.init_args.engine.init_args.strategy=3_1_4",
+        f"{CALLBACKS}=null",
+        f"{CALLBACKS}+=fastrl.callbacks.DrafterTraining",
+        f"{CALLBACKS}.learning_rate=6.0e-3",
+        f"{CALLBACKS}.steps_per_batch=24",
+        f"{CALLBACKS}.publish_every_n_steps=1",
+    )
+    _, plain = run_quickstart(tmp_path / "plain", f"{CALLBACKS}=null")
+    for with_drafts, without in zip(speculating.batches, plain.batches, strict=True):
+        assert torch.equal(with_drafts.tokens_BT, without.tokens_BT)
+    lengths = [batch.stats.accept_length for batch in speculating.batches]
+    assert lengths[0] < 1.2
+    assert lengths[-1] > 1.5
+    (training,) = (c for c in cli.trainer.callbacks if isinstance(c, DrafterTraining))
+    assert torch.isfinite(training.published_weights["lm_head.weight"]).all()
 
 
 def test_a_resumed_run_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:

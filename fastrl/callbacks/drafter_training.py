@@ -1,4 +1,4 @@
-"""Co-trains the engine's EAGLE drafter with the policy, and publishes it to the engine.
+"""Co-trains the engine's drafter, EAGLE or EAGLE-3, with the policy, and publishes it there.
 
 After each RL step the hidden states of the policy's own training forward first tell how good the
 drafter is on sequences it has not seen, by depth (drafter_evaluation.py); then they go into a
@@ -27,6 +27,7 @@ from fastrl.callbacks.feature_buffer import BufferSettings, FeatureBuffer
 from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.callbacks.time_budget import SpentTime, TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.drafters.loss import EagleLoss, LossSettings, eagle_loss
 from fastrl.rollout.drafters.packing import fold_segments, pack_sequences
 from fastrl.rollout.drafters.vocabulary import check_same_vocabulary
@@ -154,9 +155,7 @@ class DrafterTraining(Callback):
             self._restored = self.state_dict()
         policy = cast(PolicySource, pl_module).policy
         _shared_weights(policy)
-        drafter = EagleDrafter.from_pretrained(
-            cast(str, _engine(trainer).drafter_path), target=policy.config
-        )
+        drafter = load_drafter(cast(str, _engine(trainer).drafter_path), target=policy.config)
         self._drafter = drafter.to(pl_module.device, torch.float32)
         self._optimizer = torch.optim.AdamW(
             self._drafter.parameters(), lr=self.learning_rate, betas=_BETAS, weight_decay=0.0
@@ -171,6 +170,7 @@ class DrafterTraining(Callback):
             _rollout_source(trainer).ensure_started()
             _engine(trainer).load_drafter(self._published.items(), self.version)
         source.collect_features = True
+        source.feature_layers = self._learner()[0].feature_layers
         _engine(trainer).on_idle = functools.partial(self._train_while_idle, source)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastrl.callbacks.drafter_training import DrafterTraining
 from fastrl.callbacks.step_scalars import log_step_scalars
-from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.engine import RolloutEngine
 from fastrl.rollout.weight_check import Failure, WeightCheck
 from fastrl.rollout.weight_differences import WeightError
@@ -161,7 +161,7 @@ def _published_drafter(engine: RolloutEngine, trainer: Trainer) -> Iterable[tupl
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, DrafterTraining) and callback.published_weights is not None:
             return callback.published_weights.items()
-    return EagleDrafter.from_pretrained(cast(str, engine.drafter_path)).named_weights()
+    return load_drafter(cast(str, engine.drafter_path)).named_weights()
 
 
 def _rollout_source(trainer: Trainer) -> _RolloutSource:

@@ -125,6 +125,7 @@ class PolicyModule(LightningModule, ABC):
         self.policy_version = 0
         self.is_updating = False
         self.collect_features = False
+        self.feature_layers: tuple[int, ...] = ()
         self._features: dict[int, SequenceFeatures] = {}
         self._is_configured = False
         # In a tuple, so that it is no submodule: it never changes, and stays out of checkpoints.
@@ -293,14 +294,19 @@ class PolicyModule(LightningModule, ABC):
         total_loss = torch.zeros((), device=rows.weights_BT.device)
         for members in mini_batch:
             micro = rows.take(members)
-            logprobs_BT, entropy_BT, hidden_BTD = _forward(
-                self.policy, micro, sampling, has_entropy_gradient=self.entropy_coef != 0
+            keeps_features = self.collect_features and is_first_epoch
+            logprobs_BT, entropy_BT, states_BTS = _forward(
+                self.policy,
+                micro,
+                sampling,
+                has_entropy_gradient=self.entropy_coef != 0,
+                read_layers=self.feature_layers if keeps_features else (),
             )
             loss = self._micro_loss(micro, logprobs_BT, entropy_BT, metrics)
             self.manual_backward(loss)
             total_loss += loss.detach()
-            if self.collect_features and is_first_epoch:
-                self._store_features(members, micro, hidden_BTD.detach())
+            if keeps_features:
+                self._store_features(members, micro, states_BTS.detach())
         grad_norm = clip_gradients(
             self.policy,
             self.optimizer_settings.max_grad_norm,
@@ -343,14 +349,14 @@ class PolicyModule(LightningModule, ABC):
         return (micro.weights_BT * loss_BT).sum()
 
     def _store_features(
-        self, members: Sequence[int], micro: TrainingRows, hidden_BTD: Tensor
+        self, members: Sequence[int], micro: TrainingRows, states_BTS: Tensor
     ) -> None:
         num_prompt_tokens = micro.response_mask_BT.int().argmax(1).tolist()
         for place, row in enumerate(members):
             length = micro.lengths[place]
             self._features[row] = SequenceFeatures(
                 tokens_T=micro.tokens_BT[place, :length].clone(),
-                hidden_TD=hidden_BTD[place, :length].clone(),
+                hidden_TD=states_BTS[place, :length].clone(),
                 num_prompt_tokens=num_prompt_tokens[place],
                 rl_step=self.rl_step,
             )
@@ -436,14 +442,19 @@ def _forward(
     sampling: SamplingParams,
     *,
     has_entropy_gradient: bool = False,
+    read_layers: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and entropies of response tokens, [B, T], and hidden states, [B, T, D].
+    """Log-probabilities and entropies of response tokens, [B, T], and hidden states, [B, T, D],
+    side by side with the inputs of the layers that are read.
 
     No attention mask: rows are padded on the right, where causal attention never looks.
     """
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
-        hidden_BTD = model.base_model(input_ids=micro.tokens_BT, use_cache=False).last_hidden_state
+        output = model.base_model(
+            input_ids=micro.tokens_BT, use_cache=False, output_hidden_states=bool(read_layers)
+        )
+        hidden_BTD = output.last_hidden_state
         logprobs_BT, entropy_BT = response_logprobs(
             hidden_BTD,
             micro.tokens_BT,
@@ -453,6 +464,8 @@ def _forward(
             vocab_size=model.config.vocab_size,
             has_entropy_gradient=has_entropy_gradient,
         )
-        return logprobs_BT, entropy_BT, hidden_BTD
+        inputs = [output.hidden_states[layer].detach() for layer in read_layers]
+        states_BTS = torch.cat((hidden_BTD.detach(), *inputs), dim=-1) if inputs else hidden_BTD
+        return logprobs_BT, entropy_BT, states_BTS
 
     return as_forward(model, forward)

@@ -12,9 +12,10 @@ import torch
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.bandit_base import Bandit
+from fastrl.rollout.drafters.loading import is_eagle3
 from fastrl.rollout.drafters.vocabulary import TOKEN_MAP_FILE
 from fastrl.rollout.engine import StrategySelector
-from fastrl.rollout.sglang_plugin import ALGORITHM
+from fastrl.rollout.sglang_plugin import ALGORITHM, ALGORITHM_3
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.types import DraftStrategy
 
@@ -64,12 +65,19 @@ def speculation_arguments(
     if drafter_path is not None and (path := Path(drafter_path) / TOKEN_MAP_FILE).is_file():
         vocabulary = {"speculative_token_map": str(path)}
     return vocabulary | {
-        "speculative_algorithm": "EAGLE" if pool is None else ALGORITHM,
+        "speculative_algorithm": _algorithm(pool, drafter_path),
         "speculative_draft_model_path": drafter_path,
         "speculative_num_steps": largest.depth,
         "speculative_eagle_topk": largest.topk,
         "speculative_num_draft_tokens": largest.verify_tokens,
     }
+
+
+def _algorithm(pool: StrategyPool | None, drafter_path: str | None) -> str:
+    """Stock SGLang under its EAGLE flag would run an EAGLE-3 drafter too, and accept nothing."""
+    if drafter_path is not None and is_eagle3(drafter_path):
+        return "EAGLE3" if pool is None else ALGORITHM_3
+    return "EAGLE" if pool is None else ALGORITHM
 
 
 def graph_arguments(

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.drafter_health import DrafterWatch
-from fastrl.rollout.drafters.eagle import without_shared
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
 from fastrl.rollout.engine_group import EngineGroup
 from fastrl.rollout.sglang_adaptation import check_in_pool, generate_under, take_back
@@ -200,7 +199,8 @@ class SGLangEngine:
                 f"{self.drafter_path}, strategy {running.model.strategies[0]}); set "
                 f"engine.drafter_path and a strategy that uses it, e.g. engine.strategy '4_2_8'"
             )
-        weights = list(without_shared(named_tensors))
+        assert running.drafter is not None, "its weights are published"
+        weights = list(running.drafter.own_weights(named_tensors))
         running.weights.publish_drafter(weights, version)
         events = self._events
         self._events = dataclasses.replace(events, drafter_loads=events.drafter_loads + 1)

@@ -11,7 +11,8 @@ when a tree is next, or all but the last, without logits, when they fill their b
 which steps are plain ones.
 
 Shape legend: B rows of a batch, G of them read together, R rows of SGLang's request pool, W unread
-tokens, D width of the hidden states, T longest context, V vocabulary.
+tokens, D width of the hidden states, of the target's that the drafter reads where it holds those, T
+longest context, V vocabulary.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class PlainSteps:
         prefill_tokens = worker.server_args.chunked_prefill_size
         self._tokens_at_once = prefill_tokens if (prefill_tokens or 0) > 0 else _PREFILL_TOKENS
         shape = (num_rows, MOST_UNREAD_TOKENS)
-        self._hidden_RWD = torch.zeros((*shape, width), dtype=dtype, device=self._device)
+        read_width = _width_of_target_states(self._drafter.draft_runner.model) or width
+        self._hidden_RWD = torch.zeros((*shape, read_width), dtype=dtype, device=self._device)
         self._token_RW = torch.zeros(shape, dtype=torch.int64, device=self._device)
         self._num_unread_R = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         self._num_unread: dict[str, int] = {}  # by request, those of none left out
@@ -206,7 +208,7 @@ class PlainSteps:
             probs_GV = torch.softmax(output.next_token_logits, dim=-1)
             best_p, best_index = fast_topk(probs_GV, topk_p.shape[1], dim=-1)
             topk_p[part.index] = best_p
-            topk_index[part.index] = best_index
+            topk_index[part.index] = best_index  # of the draft vocabulary: SGLang maps them later
             hidden_BD[part.index] = output.hidden_states[last_G].to(hidden_BD.dtype)
         self._num_unread_R.index_fill_(0, batch.req_pool_indices, 0)
         carried.topk_p, carried.topk_index = topk_p, topk_index
@@ -306,6 +308,12 @@ class PlainSteps:
                 return_hidden_states_before_norm=False,
             )
             return runner.forward(forward_batch).logits_output
+
+
+def _width_of_target_states(drafter: Any) -> int | None:
+    """Of what an EAGLE-3 drafter reads of the target, which is wider than what it hands on."""
+    num_layers = getattr(drafter.model, "num_aux_hidden_states", None)
+    return None if num_layers is None else num_layers * int(drafter.model.hidden_size_in)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,11 +1,12 @@
 """FastRL's plugin for SGLang: a speculative algorithm that changes its draft tree at every step.
 
 SGLang loads `register` by the entry point in group `sglang.srt.plugins` (setup.py), in each of its
-processes. It registers the algorithm `FASTRL`, which is SGLang's own EAGLE in all but the worker
-(sglang_worker.py), and lets the trainer's side talk to that worker over SGLang's RPC: a request
-whose method begins with `fastrl_` is answered by the worker, or by us, and its answer goes back in
-the message. An SGLang that runs another algorithm is left as it is, but for hidden states
-(sglang_hidden_states.py) and the drafter's embedding (sglang_shared_embedding.py).
+processes. It registers the algorithms `FASTRL` and `FASTRL3`, which are SGLang's own EAGLE and
+EAGLE3 in all but the worker (sglang_worker.py), and lets the trainer's side talk to that worker
+over SGLang's RPC: a request whose method begins with `fastrl_` is answered by the worker, or by us,
+and its answer goes back in the message. An SGLang that runs another algorithm is left as it is, but
+for hidden states (sglang_hidden_states.py) and the drafter's embedding
+(sglang_shared_embedding.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fastrl.rollout.sglang_shared_embedding import (
 from fastrl.rollout.sglang_shared_embedding import register as share_embedding_early
 
 ALGORITHM = "FASTRL"
+ALGORITHM_3 = "FASTRL3"
 RPC_PREFIX = "fastrl_"
 
 _ASKED_OF_ANY_WORKER: dict[str, Callable[..., Any]] = {
@@ -40,10 +42,14 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    enter = SpeculativeAlgorithm.register(
-        ALGORITHM, supports_overlap=True, spec_class=_eagle_but_worker()
-    )
-    enter(_worker_class)
+    for name, stock in (
+        (ALGORITHM, SpeculativeAlgorithm.EAGLE),
+        (ALGORITHM_3, SpeculativeAlgorithm.EAGLE3),
+    ):
+        enter = SpeculativeAlgorithm.register(
+            name, supports_overlap=True, spec_class=_all_but_worker(stock)
+        )
+        enter(_worker_class)
     share_embedding_early()
     keep_all_chunks()
     HookRegistry.register(
@@ -60,14 +66,14 @@ def _worker_class(server_args: Any) -> type:
     return SwitchingWorker
 
 
-def _eagle_but_worker() -> type:
-    """What SGLang asks an algorithm, answered as EAGLE does."""
+def _all_but_worker(stock: Any) -> type:
+    """What SGLang asks an algorithm, answered as one of its own does."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-    # Bound to EAGLE once: SGLang asks them hundreds of times a step.
+    # Bound once: SGLang asks them hundreds of times a step.
     methods: dict[str, Any] = {
-        name: staticmethod(getattr(SpeculativeAlgorithm.EAGLE, name))
+        name: staticmethod(getattr(stock, name))
         for name, value in vars(SpeculativeAlgorithm).items()
         if callable(value) and not name.startswith("_") and name not in _OWN_METHODS
     }

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.end_of_sequence import eos_token_ids
 from fastrl.rollout.engine_group import EngineGroup
 from fastrl.rollout.sglang_calls import ModelInfo
@@ -129,7 +130,7 @@ def _read(request: StartRequest, options: SGLangOptions) -> _Files:
     tokenizer = AutoTokenizer.from_pretrained(path)
     drafter = None
     if request.drafter_path is not None and request.speculates:
-        drafter = EagleDrafter.from_pretrained(request.drafter_path, config)
+        drafter = load_drafter(request.drafter_path, config)
     return _Files(
         request=request,
         config=config,

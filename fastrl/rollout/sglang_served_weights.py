@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
+from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.sglang_options import SGLangOptions
 from fastrl.rollout.sglang_process import Role
 from fastrl.rollout.sglang_weights import (
@@ -59,6 +59,7 @@ class ServedWeights:
             )
 
         self.policy = publisher("target", policy_skeleton(config))
+        self._drafter = drafter
         self.drafter: WeightPublisher | None = None
         if drafter is not None:
             self.drafter = publisher("draft", dict(drafter.named_weights()))
@@ -112,7 +113,9 @@ class ServedWeights:
 
     def compare_drafter(self, named_tensors: NamedTensors) -> list[WeightDifference]:
         """The drafter's weights that differ from these; none without a drafter."""
-        return [] if self.drafter is None else self.drafter.compare(without_shared(named_tensors))
+        if self.drafter is None or self._drafter is None:
+            return []
+        return self.drafter.compare(self._drafter.own_weights(named_tensors))
 
     def forget_versions(self) -> None:
         """Whatever they are, it is not those that a resumed run knows."""

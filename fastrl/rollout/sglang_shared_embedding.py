@@ -52,13 +52,13 @@ def _share_before_pools(scheduler: Any) -> None:
     from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
     worker = scheduler.draft_worker
-    if not isinstance(worker, EAGLEWorkerV2) or scheduler.spec_algorithm.is_eagle3():
+    if not isinstance(worker, EAGLEWorkerV2):
         return
     drafting = worker._draft_worker
     drafting.init_token_map()
     drafting.init_lm_head()  # SGLang does it again after the cache is sized, to no effect
     own = own_embedding_bytes(worker)
-    if drafting.hot_token_id is not None:
+    if drafting.hot_token_id is not None or scheduler.spec_algorithm.is_eagle3():
         own.pop("lm_head.weight", None)
     if own:
         raise RuntimeError(

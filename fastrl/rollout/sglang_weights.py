@@ -42,7 +42,6 @@ _PROBE_VALUE = 0.7071
 """No checkpoint has a tensor of this number alone."""
 _MODELS: dict[Role, str] = {"target": "policy", "draft": "drafter"}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-_SHARED_WITH_POLICY = ("draft.model.embed_tokens.", "draft.lm_head.")
 
 
 def policy_skeleton(config: PretrainedConfig) -> dict[str, Tensor]:
@@ -76,7 +75,7 @@ class WeightPublisher:
         num_readers: int = 1,
     ) -> None:
         self._process, self._role = process, role
-        self._skeleton = skeleton
+        self.skeleton = skeleton
         self._dtype, self._device = dtype, device
         self._bucket_bytes = bucket_mib * 2**20
         self._num_readers = num_readers
@@ -142,9 +141,9 @@ class WeightPublisher:
         """Send one number in place of every weight."""
         tensors = (
             torch.full(tensor.shape, _PROBE_VALUE, dtype=self._dtype, device=self._device)
-            for tensor in self._skeleton.values()
+            for tensor in self.skeleton.values()
         )
-        self.publish(zip(self._skeleton, tensors, strict=True))
+        self.publish(zip(self.skeleton, tensors, strict=True))
 
     def _buckets(self, named_tensors: NamedTensors) -> Iterator[list[tuple[str, Tensor]]]:
         given: dict[str, Tensor] = {}
@@ -153,7 +152,7 @@ class WeightPublisher:
         has_misfit = False
         for name, tensor in named_tensors:
             given[name] = torch.empty(tensor.shape, device="meta")
-            own = self._skeleton.get(name)
+            own = self.skeleton.get(name)
             has_misfit |= own is None or own.shape != tensor.shape
             if has_misfit:
                 continue  # all are seen: the error names all
@@ -163,7 +162,7 @@ class WeightPublisher:
                 num_bytes = self._emptied(bucket)
             bucket.append((name, self._ready(tensor)))
             num_bytes += size
-        check_fits(given, self._skeleton, what=f"{_MODELS[self._role]} weights for SGLang")
+        check_fits(given, self.skeleton, what=f"{_MODELS[self._role]} weights for SGLang")
         yield bucket
         self._emptied(bucket)
 
@@ -227,15 +226,22 @@ def check_every_weight_is_reached(
 ) -> None:
     """Fill all weights with a number, and raise ValueError naming those that have not changed.
 
-    The drafter's embedding and LM head are the policy's: they must change with these.
+    The drafter's embedding is the policy's and must change with it, as must its LM head, unless
+    that is among the drafter's own weights.
     """
+    has_own_head = drafter is not None and "lm_head.weight" in drafter.skeleton
     before = weight_checksums(process)
     policy.publish_probe()
     between = weight_checksums(process)
-    unreached = [name for name in _unchanged(before, between) if not _is_drafters(name)]
+    unreached = [
+        name for name in _unchanged(before, between) if not _is_drafters(name, has_own_head)
+    ]
     if drafter is not None:
         drafter.publish_probe()
-        unreached += filter(_is_drafters, _unchanged(between, weight_checksums(process)))
+        after = weight_checksums(process)
+        unreached += [
+            name for name in _unchanged(between, after) if _is_drafters(name, has_own_head)
+        ]
     if unreached:
         raise ValueError(
             f"a publication under Hugging Face names does not reach these weights of SGLang's "
@@ -255,9 +261,11 @@ def _unchanged(then: list[dict[str, str]], now: list[dict[str, str]]) -> list[st
     )
 
 
-def _is_drafters(name: str) -> bool:
+def _is_drafters(name: str, has_own_head: bool) -> bool:
     """Whether a weight, by SGLang's name, is the drafter's own."""
-    return name.startswith("draft.") and not name.startswith(_SHARED_WITH_POLICY)
+    if name.startswith("draft.lm_head."):
+        return has_own_head
+    return name.startswith("draft.") and not name.startswith("draft.model.embed_tokens.")
 
 
 def _handles(named_tensors: list[tuple[str, Tensor]]) -> bytes:

@@ -109,6 +109,24 @@ def test_features_are_the_rows_of_a_plain_forward(
     assert module.take_features() == []
 
 
+def test_features_have_the_inputs_of_layers_that_a_drafter_reads(
+    model_folder: str, ragged_batch: RaggedBatch, fit: Fit
+) -> None:
+    batch = ragged_batch(0)
+    module = GRPO(model_folder, micro_batch_tokens=14)
+    module.collect_features, module.feature_layers = True, (1, 0)
+    fit(module, [batch])
+    model = load_causal_lm(model_folder)
+    for row, feature in enumerate(module.take_features()):
+        tokens = batch.tokens_BT[row][batch.attention_mask_BT[row]]
+        assert not feature.hidden_TD.requires_grad
+        plain = model.model(input_ids=tokens[None], output_hidden_states=True)
+        parts = (plain.last_hidden_state, plain.hidden_states[1], plain.hidden_states[0])
+        torch.testing.assert_close(
+            feature.hidden_TD, torch.cat(parts, dim=-1)[0], rtol=1e-4, atol=1e-5
+        )
+
+
 def test_features_come_from_the_first_epoch_and_only_on_request(
     model_folder: str, ragged_batch: RaggedBatch, fit: Fit
 ) -> None:

@@ -294,7 +294,8 @@ def test_an_eagle3_drafter_under_the_eagle_flag(start_sglang, target_model, tmp_
     num_verified = sum(rollout.num_verify_steps for rollout in rollouts)
     assert sum(len(rollout.tokens) - 1 for rollout in rollouts) / num_verified < 1.3
     engine.close()
-    with pytest.raises(ValueError, match="is an EAGLE-3 drafter"):
+    # Ours goes by the checkpoint (test_sglang_eagle3.py); this one leaves open what it reads.
+    with pytest.raises(ValueError, match="which layers of the target it reads"):
         start_sglang(strategy="3_4_8", drafter_path=str(tmp_path / "eagle3"))
 
 

@@ -100,6 +100,26 @@ def test_tokens_are_those_of_plain_decoding_while_switching(
     served.close()
 
 
+def test_the_drafter_has_read_what_plain_steps_left_to_it(
+    start_sglang, trimmed_folder, folders, target_model
+):
+    """Chains between plain steps accept as much as where the embedded engine does the same."""
+    names = ("off", "off", "4_1_5")
+    served = start_sglang(selector=InTurns(names), drafter_path=trimmed_folder)
+    served.load_policy(target_model.named_parameters(), version=0)
+    num_accepted = 0
+    with TorchEngineOf(folders[0], trimmed_folder, target_model) as embedded:
+        for prompt in PROMPTS:  # one by one, so that both engines take the same turns
+            for engine in (served, embedded):
+                engine.strategy_selector = InTurns(names)
+            ours, theirs = (engine.generate([prompt], GREEDY)[0] for engine in (served, embedded))
+            assert ours.tokens == theirs.tokens
+            assert ours.accept_lengths == theirs.accept_lengths
+            num_accepted += sum(ours.accept_lengths) - len(ours.accept_lengths)
+    assert num_accepted > 5
+    served.close()
+
+
 def test_several_gpus_are_refused(trimmed_folder, folders, start_sglang):
     with pytest.raises(ValueError, match="which SGLang cannot split among 2 GPUs"):
         start_sglang(strategy="3_1_4", drafter_path=trimmed_folder, tp_size=2)

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
+from fastrl.rollout.drafters.loading import load_drafter
 
 POLICY = str(Path(__file__).parents[2] / "models/quickstart/policy")
 
@@ -25,6 +27,12 @@ def test_it_fits_its_model_and_repeats_by_its_seed(tmp_path, capsys):
     assert all(torch.equal(weight, same[name]) for name, weight in first.items())
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
     assert "million random weights" in capsys.readouterr().out
+
+
+def test_an_eagle_3_drafter_fits_its_model(tmp_path):
+    make(Recipe(model=POLICY, output=tmp_path / "drafter", kind="eagle3"))
+    drafter = load_drafter(tmp_path / "drafter", AutoConfig.from_pretrained(POLICY))
+    assert isinstance(drafter, Eagle3Drafter)
 
 
 def test_a_drafter_that_is_there_stays(tmp_path):

@@ -40,11 +40,7 @@ def agreement_by_depth(
     agreements: list[DepthAgreement] = []
     for chains in chain_depths(drafter, embedding_VD, packed, max_depth=max_depth):
         sums = distribution_sums(
-            chains.predicted_MD,
-            chains.target_MD,
-            lm_head_VD,
-            MAX_CHUNK_LOGITS,
-            token_map_F=drafter.token_map_F,
+            drafter, chains.predicted_MD, chains.target_MD, lm_head_VD, MAX_CHUNK_LOGITS
         )
         cross_entropy, _, acceptance = (sums / len(chains)).tolist()
         agreements.append(

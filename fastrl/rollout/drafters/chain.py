@@ -29,7 +29,7 @@ class ChainDepth:
     """Where the chains of a packed row are at one depth: those that reach it, at least one."""
 
     predicted_MD: Tensor  # the drafter's hidden states
-    target_MD: Tensor  # the target's, of the same tokens
+    target_MD: Tensor  # the target's last ones, of the same tokens
 
     def __len__(self) -> int:
         return len(self.predicted_MD)
@@ -52,7 +52,7 @@ def chain_depths(
     view = _ChainView(
         packed.attention_mask(), drafter.config.num_attention_heads // drafter.num_kv_heads
     )
-    hidden_BTD = packed.hidden_BTD
+    hidden_BTD = drafter.start(packed.hidden_BTD)
     for depth in range(1, max_depth + 1):
         tokens_BT, target_BTD, reaches_BT = _shifted(packed, depth - 1)
         if not reaches_BT.any():
@@ -63,7 +63,10 @@ def chain_depths(
             packed.position_ids_BT + depth - 1,
             kv_view=view,
         )
-        yield ChainDepth(predicted_MD=hidden_BTD[reaches_BT], target_MD=target_BTD[reaches_BT])
+        yield ChainDepth(
+            predicted_MD=hidden_BTD[reaches_BT],
+            target_MD=target_BTD[reaches_BT][:, : drafter.config.hidden_size],
+        )
 
 
 def _shifted(packed: PackedFeatures, shift: int) -> tuple[Tensor, Tensor, Tensor]:

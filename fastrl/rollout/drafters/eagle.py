@@ -10,15 +10,15 @@ for these.
 
 Source: EAGLE (Li et al., ICML 2024, arXiv 2401.15077), in the weight layout of SafeAILab/EAGLE
 that SGLang loads (`LlamaForCausalLMEagle`): `fc` and one Llama layer whose input norm is left out.
-Leaves out EAGLE-3 and training; the loss is fastrl/rollout/drafters/loss.py.
+Leaves out EAGLE-3 (eagle3.py) and training; the loss is fastrl/rollout/drafters/loss.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,7 +35,6 @@ from fastrl.rollout.drafters.vocabulary import (
 )
 from fastrl.rollout.weights import check_fits
 
-ARCHITECTURE = "LlamaForCausalLMEagle"
 _SHARED_WITH_TARGET = ("embed_tokens", "lm_head")
 
 
@@ -45,6 +44,13 @@ class EagleDrafter(nn.Module):
     Args:
         config: Llama-style, of one hidden layer; hidden size and vocabulary are the target's.
     """
+
+    ARCHITECTURE: ClassVar[str] = "LlamaForCausalLMEagle"
+    PREDICTS_HIDDEN: ClassVar[bool] = True
+    """Whether its output is to resemble the target's hidden state."""
+    feature_layers: tuple[int, ...] = ()
+    """The target's layers whose inputs it reads, side by side after the last hidden state in the
+    target's states; none: that alone."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -70,7 +76,13 @@ class EagleDrafter(nn.Module):
     def for_target(cls, target: PretrainedConfig, *, seed: int) -> EagleDrafter:
         """A randomly initialized drafter of a target's dimensions."""
         target = target.get_text_config()
-        config = LlamaConfig(
+        drafter = cls._random(cls._config_for(target), seed, target.initializer_range)
+        nn.init.zeros_(drafter.fc.bias)
+        return drafter
+
+    @classmethod
+    def _config_for(cls, target: PretrainedConfig) -> LlamaConfig:
+        return LlamaConfig(
             vocab_size=target.vocab_size,
             hidden_size=target.hidden_size,
             intermediate_size=target.intermediate_size,
@@ -82,16 +94,48 @@ class EagleDrafter(nn.Module):
             rms_norm_eps=target.rms_norm_eps,
             max_position_embeddings=target.max_position_embeddings,
             rope_parameters=dict(target.rope_parameters),
-            architectures=[ARCHITECTURE],
+            architectures=[cls.ARCHITECTURE],
         )
+
+    @classmethod
+    def _random(cls, config: LlamaConfig, seed: int, deviation: float) -> Self:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             drafter = cls(config)
             for parameter in drafter.parameters():
                 if parameter.ndim == 2:
-                    nn.init.normal_(parameter, std=target.initializer_range)
-            nn.init.zeros_(drafter.fc.bias)
+                    nn.init.normal_(parameter, std=deviation)
         return drafter
+
+    @property
+    def state_size(self) -> int:
+        """Width S of the target's states that it reads: the last hidden state, then the inputs of
+        `feature_layers`."""
+        return int(self.config.hidden_size) * (1 + len(self.feature_layers))
+
+    def _checked(self, states: Tensor) -> Tensor:
+        if states.shape[-1] != self.state_size:
+            raise ValueError(
+                f"a drafter that reads layers {list(self.feature_layers)} takes states of "
+                f"{self.state_size} numbers, got {states.shape[-1]}"
+            )
+        return states
+
+    def start(self, states: Tensor) -> Tensor:
+        """What a draft begins with: [*, D] of the target's states [*, S]."""
+        return self._checked(states)
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the LM head reads, of the drafter's output."""
+        return hidden
+
+    def draft_head(self, lm_head_VD: Tensor) -> Tensor:
+        """The LM head that drafts, [F, D]; F counts the draft vocabulary.
+
+        Args:
+            lm_head_VD: the target's.
+        """
+        return lm_head_VD if self.token_map_F is None else lm_head_VD[self.token_map_F]
 
     def forward(
         self,
@@ -124,6 +168,12 @@ class EagleDrafter(nn.Module):
         """Trainable tensors by checkpoint name: what is trained, published and saved."""
         yield from self.named_parameters()
 
+    def own_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Those of a checkpoint that are the drafter's own, by its names."""
+        return without_shared(named_tensors)
+
     def check_target(self, target: PretrainedConfig, source: str) -> None:
         """Raise ValueError naming each dimension in which the drafter does not fit the target."""
         target = target.get_text_config()
@@ -136,27 +186,28 @@ class EagleDrafter(nn.Module):
                     f"make one with EagleDrafter.for_target"
                 )
 
+    def _checkpoint_tensors(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().contiguous().cpu() for name, tensor in self.named_weights()}
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` in the layout SGLang loads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: tensor.detach().contiguous().cpu() for name, tensor in self.named_weights()
-        }
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        if self.token_map_F is not None:
+        save_file(
+            self._checkpoint_tensors(), folder / "model.safetensors", metadata={"format": "pt"}
+        )
+        if self.token_map_F is not None and self.PREDICTS_HIDDEN:
             write_token_map(folder, self.token_map_F)
         config = self.config.to_diff_dict() | {
-            "architectures": [ARCHITECTURE],
+            "architectures": [self.ARCHITECTURE],
             "model_type": "llama",
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, target: PretrainedConfig | None = None
-    ) -> EagleDrafter:
-        """Load a checkpoint; with `target`, check that it fits.
+    def from_pretrained(cls, folder: str | Path, target: PretrainedConfig | None = None) -> Self:
+        """Load a checkpoint of this kind; with `target`, check that it fits. Of any kind:
+        loading.py.
 
         Raises:
             FileNotFoundError: no such folder, or a file of it is missing.
@@ -172,15 +223,25 @@ class EagleDrafter(nn.Module):
                     f"scripts/make_drafter.py makes a fresh one for a model"
                 )
         raw = json.loads((folder / "config.json").read_text())
-        check_architecture(raw.get("architectures"), str(folder))
-        drafter = cls(LlamaConfig.from_dict(raw))
+        check_architecture(raw.get("architectures"), cls.ARCHITECTURE, str(folder))
+        drafter = cls(LlamaConfig.from_dict(cls._completed(raw, target)))
         if target is not None:
             drafter.check_target(target, str(folder))
-        drafter.load_weights(load_file(folder / "model.safetensors").items(), source=str(folder))
-        token_map_F = read_token_map(folder, drafter.config.vocab_size, raw.get(CONFIG_KEY))
-        if token_map_F is not None:
-            drafter.trim_vocabulary(token_map_F, source=str(folder))
+        tensors = load_file(folder / "model.safetensors")
+        drafter.load_weights(tensors.items(), source=str(folder))
+        drafter._take_token_map(tensors, folder)
         return drafter
+
+    @classmethod
+    def _completed(cls, raw: dict[str, Any], target: PretrainedConfig | None) -> dict[str, Any]:
+        """A checkpoint's configuration with what it leaves to the target."""
+        return raw
+
+    def _take_token_map(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        size = self.config.to_dict().get(CONFIG_KEY)
+        token_map_F = read_token_map(folder, self.config.vocab_size, size)
+        if token_map_F is not None:
+            self.trim_vocabulary(token_map_F, source=str(folder))
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
         """Copy weights in place; every trainable tensor must be given, nothing unknown may be.
@@ -189,31 +250,30 @@ class EagleDrafter(nn.Module):
         Raises ValueError naming missing, unknown and misshapen tensors.
         """
         own = dict(self.named_weights())
-        given = dict(without_shared(named_tensors))
+        given = dict(self.own_weights(named_tensors))
         check_fits(given, own, what=f"drafter weights of {source}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given[name])
 
 
-def check_architecture(architectures: Sequence[str] | None, source: str) -> None:
-    """Raise ValueError for what is no EAGLE drafter.
+def check_architecture(architectures: Sequence[str] | None, expected: str, source: str) -> None:
+    """Raise ValueError for what is no drafter of the expected kind.
 
     EAGLE-3 has a message of its own because SGLang runs such a checkpoint under its EAGLE flag
     without a word, and next to nothing of what it drafts is accepted.
     """
-    if architectures == [ARCHITECTURE]:
+    if architectures == [expected]:
         return
     if any("Eagle3" in one for one in architectures or ()):
         raise ValueError(
             f"drafter checkpoint {source} is an EAGLE-3 drafter ({architectures}), which reads "
-            f"hidden states of several layers and has a vocabulary of its own; engines run EAGLE "
-            f"drafters of architecture {ARCHITECTURE}: give one, or make one with "
-            f"EagleDrafter.for_target"
+            f"hidden states of several layers and has a vocabulary of its own; expected an EAGLE "
+            f"drafter of architecture {expected}: load it as Eagle3Drafter, or by load_drafter"
         )
     raise ValueError(
         f"drafter checkpoint {source} has architectures {architectures}, expected "
-        f"['{ARCHITECTURE}']: is it a drafter?"
+        f"['{expected}']: is it a drafter?"
     )
 
 

@@ -1,5 +1,6 @@
 """The EAGLE drafter's loss over a packed row: SmoothL1 on hidden states, cross-entropy on
-distributions, at each depth of the chains it is trained along (chain.py).
+distributions, at each depth of the chains it is trained along (chain.py). An EAGLE-3 drafter has
+the latter alone.
 
     loss at a depth = cross_entropy + hidden_loss_weight * smooth_l1
     loss            = mean over depths d = 1 … num_depths, weighted by DEPTH_DECAY ** (d - 1)
@@ -104,9 +105,7 @@ def eagle_loss(
         ValueError: the loss mask is empty, so that the means have no denominator.
     """
     by_depth = [
-        _loss_at_depth(
-            chains, lm_head_VD.detach(), drafter.token_map_F, hidden_loss_weight, max_chunk_logits
-        )
+        _loss_at_depth(drafter, chains, lm_head_VD.detach(), hidden_loss_weight, max_chunk_logits)
         for chains in chain_depths(drafter, embedding_VD, packed, max_depth=num_depths)
     ]
     if not by_depth:
@@ -118,17 +117,17 @@ def eagle_loss(
 
 
 def _loss_at_depth(
+    drafter: EagleDrafter,
     chains: ChainDepth,
     lm_head_VD: Tensor,
-    token_map_F: Tensor | None,
     hidden_loss_weight: float,
     max_chunk_logits: int,
 ) -> EagleLoss:
     predicted_MD, target_MD = chains.predicted_MD, chains.target_MD
-    hidden = smooth_l1_loss(predicted_MD.float(), target_MD.float())
-    sums = distribution_sums(
-        predicted_MD, target_MD, lm_head_VD, max_chunk_logits, token_map_F=token_map_F
-    )
+    hidden = predicted_MD.new_zeros((), dtype=torch.float32)
+    if drafter.PREDICTS_HIDDEN:
+        hidden = smooth_l1_loss(predicted_MD.float(), target_MD.float())
+    sums = distribution_sums(drafter, predicted_MD, target_MD, lm_head_VD, max_chunk_logits)
     cross_entropy, agreement, acceptance = (sums / len(chains)).unbind()
     return EagleLoss(
         loss=cross_entropy + hidden_loss_weight * hidden,
@@ -140,24 +139,23 @@ def _loss_at_depth(
 
 
 def distribution_sums(
+    drafter: EagleDrafter,
     predicted_MD: Tensor,
     target_MD: Tensor,
     lm_head_VD: Tensor,
     max_chunk_logits: int,
-    *,
-    token_map_F: Tensor | None = None,
 ) -> Tensor:
     """[3] float32: cross-entropy, top-1 agreement and top-1 acceptance, summed over M.
 
     Args:
-        predicted_MD: hidden states that the drafter predicts.
+        drafter: whose vocabulary and LM head it is.
+        predicted_MD: hidden states that it predicts.
         target_MD: the target's own, in the same places.
         lm_head_VD: the target's LM head.
         max_chunk_logits: places × vocabulary held in memory at a time; backward recomputes them.
-        token_map_F: the draft vocabulary; None for the target's.
     """
-    draft_head_FD = lm_head_VD if token_map_F is None else lm_head_VD[token_map_F]
-    heads = lm_head_VD, draft_head_FD, token_map_F
+    predicted_MD = drafter.head_input(predicted_MD)
+    heads = lm_head_VD, drafter.draft_head(lm_head_VD), drafter.token_map_F
     chunk = max(max_chunk_logits // lm_head_VD.shape[0], 1)
     if len(predicted_MD) <= chunk:
         return _chunk_sums(predicted_MD, target_MD, *heads)

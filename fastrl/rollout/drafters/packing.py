@@ -33,8 +33,8 @@ class PackedFeatures:
     """Pairs of several sequences, one after the other in one row; in several once folded."""
 
     next_tokens_BT: Tensor  # int64: token t+1
-    hidden_BTD: Tensor  # hidden state t
-    target_hidden_BTD: Tensor  # hidden state t+1
+    hidden_BTD: Tensor  # hidden state t, with what else the drafter reads of the target
+    target_hidden_BTD: Tensor  # the same of t+1
     position_ids_BT: Tensor  # int64: t
     segment_BT: Tensor  # int64: 0, 1, …, one number a sequence; -1: padding of a folded row
     loss_mask_BT: Tensor  # bool: predicts the distribution of a response token

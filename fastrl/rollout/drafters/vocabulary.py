@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 TOKEN_MAP_FILE = "token_map.pt"
 """Of a drafter's folder: a list of token ids, as SGLang reads it."""
@@ -131,41 +131,3 @@ def check_same_vocabulary(ours_F: Tensor | None, resumed_F: Tensor | None) -> No
             f"the drafter of engine.drafter_path drafts {sizes[0]} tokens, the resumed run's "
             f"{sizes[1]}, or others: resume with the drafter that the run began with"
         )
-
-
-class DraftHead:
-    """A drafter's LM head: the target's, or the target's rows for the draft vocabulary.
-
-    Args:
-        lm_head: the target's.
-        token_map_F: the draft vocabulary; None for all tokens.
-    """
-
-    def __init__(self, lm_head: nn.Module, token_map_F: Tensor | None) -> None:
-        self._lm_head = lm_head
-        self._token_map_F = token_map_F
-        self._weight_FD: Tensor | None = None
-        self._bias_F: Tensor | None = None
-
-    def refresh(self) -> None:
-        """The target's weights have changed."""
-        if self._token_map_F is None:
-            return
-        weight_VD: Tensor = self._lm_head.get_parameter("weight")
-        bias_V: Tensor | None = getattr(self._lm_head, "bias", None)
-        self._weight_FD = weight_VD.detach()[self._token_map_F]
-        self._bias_F = None if bias_V is None else bias_V.detach()[self._token_map_F]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[*, F] of hidden states [*, D]; F is the whole vocabulary without a token map."""
-        if self._token_map_F is None:
-            logits: Tensor = self._lm_head(hidden)
-            return logits
-        if self._weight_FD is None:
-            self.refresh()
-        assert self._weight_FD is not None, "refresh takes the rows"
-        return nn.functional.linear(hidden, self._weight_FD, self._bias_F)
-
-    def tokens(self, index: Tensor) -> Tensor:
-        """The target's token ids of places in the draft vocabulary."""
-        return index if self._token_map_F is None else self._token_map_F[index]

@@ -1,4 +1,4 @@
-"""Draft trees from an EAGLE drafter with a cache of its own.
+"""Draft trees from an EAGLE drafter, or an EAGLE-3 one, with a cache of its own.
 
 The drafter's cache holds one entry per pair (token t+1, target hidden state t). After a step it is
 extended by the pairs of the tokens that the step emitted, from the target's true hidden states; the
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.drafters.vocabulary import DraftHead
 from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.torch_engine.cache_views import CausalView, DraftWindow
+from fastrl.rollout.torch_engine.draft_head import DraftHead
 from fastrl.rollout.torch_engine.eagle_forward import EagleForward
 from fastrl.rollout.torch_engine.kv_cache import KVCache
+from fastrl.rollout.torch_engine.module_forward import ModuleForward
 from fastrl.rollout.torch_engine.rows import LiveRows
 from fastrl.rollout.torch_engine.target import TargetModel
 from fastrl.rollout.tree import DraftTree, TreeBuilder, chain
@@ -66,15 +67,16 @@ class EagleDrafting:
 
     Args:
         drafter: in the target's dtype and on its device.
-        target: lends embedding and LM head, or those of its rows that the drafter's vocabulary has.
+        target: lends embedding and, for most drafters, LM head.
         num_rows: most live rows.
     """
 
     def __init__(self, drafter: EagleDrafter, target: TargetModel, num_rows: int) -> None:
         self.drafter = drafter
         self._target = target
-        self._forward = EagleForward(drafter, target.embedding)
-        self._head = DraftHead(target.lm_head, drafter.token_map_F)
+        forward = EagleForward if drafter.PREDICTS_HIDDEN else ModuleForward
+        self._forward = forward(drafter, target.embedding)
+        self._head = DraftHead(drafter, target.lm_head)
         self._cache = self._new_cache(num_rows)
         self._lengths = [0] * num_rows  # pairs cached, by row
         self._last_hidden_BD = torch.zeros(0)  # after the last sampled tokens, of the last draft
@@ -103,6 +105,7 @@ class EagleDrafting:
     def refresh(self) -> None:
         """Serve the drafter's weights as they now are."""
         self._forward.refresh()
+        self._head.refresh()
         self._last_hidden_BD = torch.zeros(0)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -244,10 +247,11 @@ class EagleDrafting:
         base_B: Tensor,
         longest_base: int,
         tokens_BT: Tensor,
-        hidden_BTD: Tensor,
+        states_BTS: Tensor,
     ) -> Tensor:
         """Run consecutive pairs through the drafter, each row from its base on."""
         width = tokens_BT.shape[1]
         view = CausalView(cache, base_B=base_B, longest_base=longest_base, num_tokens=width)
         positions_BT = base_B.unsqueeze(1) + cache.columns(width)
+        hidden_BTD = self.drafter.start(states_BTS)
         return self._forward(tokens_BT, hidden_BTD, positions_BT, view, longest_base + width - 1)

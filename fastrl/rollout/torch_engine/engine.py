@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafter_health import DrafterHealth, WatchedSelector
-from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
+from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.drafters.response_store import ResponseStore
 from fastrl.rollout.end_of_sequence import eos_token_ids
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
@@ -106,7 +107,8 @@ class TorchEngine:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         drafter = drafting = None
         if self.drafter_path is not None:
-            drafter = EagleDrafter.from_pretrained(self.drafter_path, target.config)
+            drafter = load_drafter(self.drafter_path, target.config)
+            target.read_layers(drafter.feature_layers)
             drafter.to(self._device, self._dtype).requires_grad_(False).eval()
             drafting = EagleDrafting(drafter, target, self._max_batch_size)
         self._loaded = _Loaded(
@@ -174,11 +176,11 @@ class TorchEngine:
         self, named_tensors: Iterable[tuple[str, Tensor]]
     ) -> list[WeightDifference]:
         """The drafter's weights that differ from these; none without a drafter."""
-        drafting = self._started().drafting
-        if drafting is None:
+        loaded = self._started()
+        if loaded.drafting is None or loaded.drafter is None:
             return []
-        own, comparison = dict(drafting.named_weights()), Comparison()
-        given = dict(without_shared(named_tensors))
+        own, comparison = dict(loaded.drafting.named_weights()), Comparison()
+        given = dict(loaded.drafter.own_weights(named_tensors))
         check_fits(given, own, what="drafter weights to compare")
         for name, tensor in given.items():
             comparison.compare(name, own[name], tensor)

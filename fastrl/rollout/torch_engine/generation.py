@@ -97,7 +97,7 @@ class Generation:
         keeps_hidden = return_hidden_states or drafting is not None
         self._rows = LiveRows(
             cache.num_rows,
-            target.config.hidden_size if keeps_hidden else 0,
+            target.state_size if keeps_hidden else 0,
             target.dtype,
             target.device,
         )
@@ -227,7 +227,7 @@ class Generation:
         positions_BN = base_B.unsqueeze(1) + tree.depths_BN
         view = self._view(tree, base_B, longest, positions_BN)
         hidden_BND = self._target.forward(tree.tokens_BN, positions_BN, view)
-        logprobs_BNV = log_distribution(self._target.lm_head(hidden_BND), self._sampling)
+        logprobs_BNV = log_distribution(self._target.logits(hidden_BND), self._sampling)
         # What a node samples stands in the column after its own.
         uniforms_BN = rows.uniforms_BS[:count].gather(1, positions_BN + 1)
         sampled_BN = sample_inverse_cdf(logprobs_BNV, uniforms_BN)
@@ -300,7 +300,8 @@ class Generation:
         hidden_states = None
         if self._return_hidden_states:
             with torch.inference_mode(False):  # an ordinary tensor, which training may use
-                hidden_states = hidden_SD[: request.cached_length].clone()
+                size = self._target.config.hidden_size  # without what a drafter reads besides
+                hidden_states = hidden_SD[: request.cached_length, :size].clone()
         self.statistics.add_rollout(len(request.tokens))
         self._ngram_drafting.finish(request)
         self._rollouts[request.place] = Rollout(

@@ -80,7 +80,7 @@ def _prefill_batch(
     hidden_BTD = target.forward(tokens_BT, positions_BT, view)
     last_B = torch.tensor(lengths, device=target.device) - 1
     last_hidden_BD = hidden_BTD[torch.arange(num_rows, device=target.device), last_B]
-    first_logprobs_BV = log_distribution(target.lm_head(last_hidden_BD), sampling)
+    first_logprobs_BV = log_distribution(target.logits(last_hidden_BD), sampling)
     draft_states: list[Tensor] | list[None] = [None] * num_rows
     if drafting is not None:
         draft_states = drafting.prefill(tokens_BT, hidden_BTD, lengths)

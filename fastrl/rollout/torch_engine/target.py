@@ -11,8 +11,10 @@ Shape legend: fastrl/types.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,8 @@ class TargetModel:
         with torch.device(device):
             self._base.rotary_emb = type(self._base.rotary_emb)(config=self.config)
         self._mask_stand_in = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
+        self._read_layers: tuple[int, ...] = ()
+        self._layer_inputs: dict[int, Tensor] = {}
         self._copies: dict[str, Tensor] = {}  # of weights that could not be shared
         self.has_weights = False
 
@@ -144,9 +148,32 @@ class TargetModel:
             comparison.compare(name, own[name], published)
         return comparison.differences()
 
+    def read_layers(self, layers: Sequence[int]) -> None:
+        """Have states hold the inputs of these layers, for a drafter that reads them."""
+        self._read_layers = tuple(layers)
+        for layer in set(layers):
+            self._base.get_submodule(f"layers.{layer}").register_forward_pre_hook(
+                functools.partial(self._keep_input, layer), with_kwargs=True
+            )
+
+    def _keep_input(
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._layer_inputs[layer] = args[0] if args else kwargs["hidden_states"]
+
+    @property
+    def state_size(self) -> int:
+        """Width S of states: of the hidden state, and of the layers' inputs that are read."""
+        return int(self.config.hidden_size) * (1 + len(self._read_layers))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[*, V] of states [*, S]."""
+        logits: Tensor = self.lm_head(states[..., : self.config.hidden_size])
+        return logits
+
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, view: KVView) -> Tensor:
-        """Hidden states after the final norm, [B, T, D]; keys and values go into the view's
-        cache."""
+        """States [B, T, S]: hidden states after the final norm, and side by side with them the
+        inputs of the layers that are read; keys and values go into the view's cache."""
         output = self._base(
             input_ids=tokens_BT,
             position_ids=positions_BT,
@@ -154,7 +181,12 @@ class TargetModel:
             use_cache=False,
             kv_view=view,
         )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        hidden_BTD: Tensor = output.last_hidden_state
+        if not self._read_layers:
+            return hidden_BTD
+        inputs = [self._layer_inputs[layer] for layer in self._read_layers]
+        self._layer_inputs.clear()
+        return torch.cat((hidden_BTD, *inputs), dim=-1)
 
 
 def _check_supported(config: PretrainedConfig, model_path: str) -> None:

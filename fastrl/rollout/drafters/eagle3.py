@@ -1,0 +1,238 @@
+"""The EAGLE-3 drafter: one decoder layer over embeddings and features of several target layers.
+
+It starts from the hidden states that three of the target's layers, low, middle and high, are given
+(`feature_layers`), joined by a linear map, and from then on reads its own output: that need not
+resemble any hidden state of the target, so its loss has no such part, and it is trained along
+chains as it drafts ("training-time test"; the loss's `num_depths`). It has an LM head of its own,
+over a vocabulary of its own, in general of fewer tokens.
+
+    residual = hidden
+    inputs   = concat(input_layernorm(embedding of token t+1), hidden_norm(hidden t))
+    output   = one Llama layer's attention and MLP over them, added to the residual
+    logits of token t+2 = lm_head(norm(output))
+
+Source: EAGLE-3 (Li et al., 2025, arXiv 2503.01840), in the layout that SGLang and SpecForge share
+(`LlamaForCausalLMEagle3`): `midlayer`, `fc`, `norm`, `lm_head`, `d2t` and `t2d`. Leaves out its
+variants with normalized features, several layers, and the loss. Shape legend: fastrl/types.py; F
+tokens of the draft vocabulary, S width of the target's states.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.vocabulary import checked_token_map
+
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+"""In `eagle_config`, by SGLang's name: layers whose output is read, counted from 0."""
+_FEWEST_LAYERS = 7
+"""Of a target in which EAGLE-3's choice of layers are three."""
+_VARIANTS = ("fc_norm", "use_aux_norm", "norm_before_fc", "norm_output")
+
+
+def default_feature_layers(num_layers: int) -> tuple[int, ...]:
+    """Layers whose inputs are read: EAGLE-3's low, middle and high; fewer of a shallow target."""
+    if num_layers < 2:
+        raise ValueError(
+            f"EAGLE-3 reads what inner layers are given, and a target of {num_layers} layer has "
+            f"none; use an EAGLE drafter"
+        )
+    if num_layers >= _FEWEST_LAYERS:
+        return 2, num_layers // 2, num_layers - 3
+    return tuple(sorted({1, num_layers // 2, num_layers - 1}))
+
+
+class Eagle3Drafter(EagleDrafter):
+    """One-layer drafter over features of several layers, with an LM head of its own.
+
+    Args:
+        config: Llama-style, of one hidden layer; `draft_vocab_size` tokens, and layers to read in
+            `eagle_config`.
+    """
+
+    ARCHITECTURE: ClassVar[str] = "LlamaForCausalLMEagle3"
+    PREDICTS_HIDDEN: ClassVar[bool] = False
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        del self.layers
+        size, head_dim = config.hidden_size, self.head_dim
+        self.feature_layers = _feature_layers(config)
+        self.fc = nn.Linear(len(self.feature_layers) * size, size, bias=False)
+        layer = LlamaDecoderLayer(config, layer_idx=0)
+        for name, num_heads in (
+            ("q_proj", config.num_attention_heads),
+            ("k_proj", self.num_kv_heads),
+            ("v_proj", self.num_kv_heads),
+        ):
+            setattr(layer.self_attn, name, nn.Linear(2 * size, num_heads * head_dim, bias=False))
+        layer.add_module("hidden_norm", LlamaRMSNorm(size, eps=config.rms_norm_eps))
+        self.midlayer = layer
+        self.norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+
+    @classmethod
+    def for_target(
+        cls,
+        target: PretrainedConfig,
+        *,
+        seed: int,
+        token_ids: Sequence[int] | None = None,
+        feature_layers: Sequence[int] | None = None,
+    ) -> Eagle3Drafter:
+        """A randomly initialized drafter of a target's dimensions.
+
+        Args:
+            target: its configuration.
+            seed: of the weights.
+            token_ids: the draft vocabulary; None for all tokens.
+            feature_layers: layers whose inputs are read; None for EAGLE-3's choice.
+        """
+        target = target.get_text_config()
+        config = cls._config_for(target)
+        layers = feature_layers or default_feature_layers(target.num_hidden_layers)
+        if not all(1 <= layer < target.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"feature_layers {list(layers)}: expected layers from 1 to "
+                f"{target.num_hidden_layers - 1} of the target's {target.num_hidden_layers}"
+            )
+        config.eagle_config = {
+            "use_aux_hidden_state": True,
+            _LAYER_IDS: [layer - 1 for layer in layers],
+        }
+        config.draft_vocab_size = len(token_ids) if token_ids is not None else target.vocab_size
+        drafter = cls._random(config, seed, target.initializer_range)
+        if token_ids is not None:
+            drafter._set_token_map(token_ids, "a new drafter")
+        return drafter
+
+    def trim_vocabulary(self, token_ids: Sequence[int] | Tensor, source: str = "a drafter") -> None:
+        """Draft these tokens alone; those of them that the LM head has no row for are an error."""
+        token_map_F = checked_token_map(token_ids, self.config.vocab_size, source)
+        own_F = self.token_map_F
+        if own_F is None:
+            own_F = torch.arange(self.config.vocab_size, device=self.fc.weight.device)
+        rows_F = torch.searchsorted(own_F, token_map_F.to(own_F.device))
+        rows_F = rows_F.clamp_max(len(own_F) - 1)
+        if not torch.equal(own_F[rows_F], token_map_F.to(own_F.device)):
+            raise ValueError(
+                f"the drafter of {source} cannot draft all of these tokens: its own vocabulary has "
+                f"{len(own_F)}; choose among those"
+            )
+        head = nn.Linear(self.lm_head.in_features, len(token_map_F), bias=False)
+        head.weight = nn.Parameter(self.lm_head.weight.detach()[rows_F].clone())
+        self.lm_head = head
+        self.config.draft_vocab_size = len(token_map_F)
+        self._set_token_map(token_map_F, source)
+
+    def _set_token_map(self, token_ids: Sequence[int] | Tensor, source: str) -> None:
+        token_map_F = checked_token_map(token_ids, self.config.vocab_size, source)
+        is_whole = len(token_map_F) == self.config.vocab_size
+        self.token_map_F = None if is_whole else token_map_F.to(self.fc.weight.device)
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def start(self, states: Tensor) -> Tensor:
+        """Features of the target's states, joined: [*, D] of [*, S]."""
+        joined: Tensor = self.fc(self._checked(states)[..., self.config.hidden_size :])
+        return joined
+
+    def forward(
+        self,
+        embeddings_BTD: Tensor,
+        hidden_BTD: Tensor,
+        position_ids_BT: Tensor,
+        attention_mask: Tensor | None = None,
+        **attention_kwargs: Any,
+    ) -> Tensor:
+        """What the next draft reads in place of features, [B, T, D]; see `EagleDrafter.forward`."""
+        layer = self.midlayer
+        hidden_norm = layer.get_submodule("hidden_norm")
+        inputs = torch.cat((layer.input_layernorm(embeddings_BTD), hidden_norm(hidden_BTD)), dim=-1)
+        attended, _ = layer.self_attn(
+            hidden_states=inputs,
+            position_embeddings=self.rotary_emb(hidden_BTD, position_ids=position_ids_BT),
+            attention_mask=attention_mask,
+            **attention_kwargs,
+        )
+        hidden = hidden_BTD + attended
+        output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return output
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the LM head reads."""
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def draft_head(self, lm_head_VD: Tensor) -> Tensor:
+        """Its own, [F, D]."""
+        return self.lm_head.weight
+
+    @classmethod
+    def _completed(cls, raw: dict[str, Any], target: PretrainedConfig | None) -> dict[str, Any]:
+        eagle_config = dict(raw.get("eagle_config") or {})
+        if eagle_config.get(_LAYER_IDS) is None and target is not None:
+            num_layers = target.get_text_config().num_hidden_layers
+            if num_layers >= _FEWEST_LAYERS:
+                layers = default_feature_layers(num_layers)
+                eagle_config[_LAYER_IDS] = [layer - 1 for layer in layers]
+        return raw | {"eagle_config": eagle_config}
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def own_weights(
+        self, named_tensors: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Without a copy of the target's embedding, and without the lists of tokens."""
+        for name, tensor in named_tensors:
+            name = name.removeprefix("model.").replace("layers.0.", "midlayer.")
+            if not name.startswith(("embed_tokens.", "d2t", "t2d")):
+                yield name, tensor
+
+    def _checkpoint_tensors(self) -> dict[str, Tensor]:
+        """What is saved: weights, `d2t` (what to add to a place in the draft vocabulary to have the
+        token) and `t2d` (whether a token is in it)."""
+        vocab_size, num_drafted = self.config.vocab_size, self.config.draft_vocab_size
+        place_F = torch.arange(num_drafted)
+        token_F = place_F if self.token_map_F is None else self.token_map_F.cpu()
+        is_drafted_V = torch.zeros(vocab_size, dtype=torch.bool)
+        is_drafted_V[token_F] = True
+        return super()._checkpoint_tensors() | {"d2t": token_F - place_F, "t2d": is_drafted_V}
+
+    def _take_token_map(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        if "d2t" not in tensors:
+            raise ValueError(
+                f"drafter checkpoint {folder} has no d2t, which says what tokens it drafts: is it "
+                f"complete?"
+            )
+        self._set_token_map(tensors["d2t"] + torch.arange(len(tensors["d2t"])), str(folder))
+
+
+def _feature_layers(config: LlamaConfig) -> tuple[int, ...]:
+    settings = config.to_dict()
+    if variants := [name for name in _VARIANTS if settings.get(name)]:
+        raise ValueError(
+            f"EAGLE-3 drafters with {variants} are not supported; SGLang alone runs them"
+        )
+    eagle_config = copy.copy(settings.get("eagle_config") or {})
+    layer_ids = eagle_config.get(_LAYER_IDS)
+    if layer_ids is None:
+        raise ValueError(
+            f"an EAGLE-3 drafter's config.json has to say in eagle_config.{_LAYER_IDS} which "
+            f"layers of the target it reads; got {eagle_config or None}"
+        )
+    if settings.get("draft_vocab_size") is None:
+        raise ValueError(
+            "an EAGLE-3 drafter without draft_vocab_size, that is with the target's LM head, is "
+            "not supported; SGLang alone runs it"
+        )
+    return tuple(layer + 1 for layer in layer_ids)
