@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.drafter_health import DrafterWatch
-from fastrl.rollout.drafters.eagle import without_shared
+from fastrl.rollout.drafters.checkpoints import without_shared
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
 from fastrl.rollout.engine_group import EngineGroup
 from fastrl.rollout.sglang_adaptation import check_in_pool, generate_under, take_back

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
+from fastrl.rollout.drafters.checkpoints import without_shared
+from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.sglang_options import SGLangOptions
 from fastrl.rollout.sglang_process import Role
 from fastrl.rollout.sglang_weights import (

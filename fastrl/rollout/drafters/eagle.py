@@ -7,27 +7,29 @@ tree-masked).
 
 Source: EAGLE (Li et al., ICML 2024, arXiv 2401.15077), in the weight layout of SafeAILab/EAGLE
 that SGLang loads (`LlamaForCausalLMEagle`): `fc` and one Llama layer whose input norm is left out.
-Leaves out EAGLE-3 and training; the loss is fastrl/rollout/drafters/loss.py.
+Leaves out EAGLE-3, files (checkpoints.py) and training; the loss is
+fastrl/rollout/drafters/loss.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fastrl.rollout.attention import CACHED_ATTENTION
+from fastrl.rollout.drafters.checkpoints import (
+    ARCHITECTURE,
+    read_checkpoint,
+    without_shared,
+    write_checkpoint,
+)
 from fastrl.rollout.weights import check_fits
-
-ARCHITECTURE = "LlamaForCausalLMEagle"
-_SHARED_WITH_TARGET = ("embed_tokens", "lm_head")
 
 
 class EagleDrafter(nn.Module):
@@ -121,42 +123,25 @@ class EagleDrafter(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` in the layout SGLang loads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: tensor.detach().contiguous().cpu() for name, tensor in self.named_weights()
-        }
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        config = self.config.to_diff_dict() | {
-            "architectures": [ARCHITECTURE],
-            "model_type": "llama",
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_checkpoint(folder, self.config, self.named_weights())
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, target: PretrainedConfig | None = None
     ) -> EagleDrafter:
-        """Load a checkpoint; with `target`, check that it fits.
+        """Load a checkpoint (checkpoints.py: of which layouts); with `target`, check that it fits.
+
+        Weights are float32, whatever the file's dtype.
 
         Raises:
             FileNotFoundError: no such folder, or a file of it is missing.
-            ValueError: another architecture, other dimensions, or missing or unknown weights.
+            ValueError: another kind of drafter, other dimensions, or missing or unknown weights.
         """
-        folder = Path(folder)
-        for file in ("config.json", "model.safetensors"):
-            if not (folder / file).is_file():
-                raise FileNotFoundError(
-                    f"drafter checkpoint {folder} has no {file}; expected a folder with "
-                    f"config.json and model.safetensors, as EagleDrafter.save_pretrained writes; "
-                    f"scripts/make_drafter.py makes a fresh one for a model"
-                )
-        raw = json.loads((folder / "config.json").read_text())
-        check_architecture(raw.get("architectures"), str(folder))
-        drafter = cls(LlamaConfig.from_dict(raw))
+        checkpoint = read_checkpoint(folder)
+        drafter = cls(checkpoint.config)
         if target is not None:
             drafter.check_target(target, str(folder))
-        drafter.load_weights(load_file(folder / "model.safetensors").items(), source=str(folder))
+        drafter.load_weights(checkpoint.weights.items(), source=str(folder))
         return drafter
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
@@ -171,33 +156,3 @@ class EagleDrafter(nn.Module):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given[name])
-
-
-def check_architecture(architectures: Sequence[str] | None, source: str) -> None:
-    """Raise ValueError for what is no EAGLE drafter.
-
-    EAGLE-3 has a message of its own because SGLang runs such a checkpoint under its EAGLE flag
-    without a word, and next to nothing of what it drafts is accepted.
-    """
-    if architectures == [ARCHITECTURE]:
-        return
-    if any("Eagle3" in one for one in architectures or ()):
-        raise ValueError(
-            f"drafter checkpoint {source} is an EAGLE-3 drafter ({architectures}), which reads "
-            f"hidden states of several layers and has a vocabulary of its own; engines run EAGLE "
-            f"drafters of architecture {ARCHITECTURE}: give one, or make one with "
-            f"EagleDrafter.for_target"
-        )
-    raise ValueError(
-        f"drafter checkpoint {source} has architectures {architectures}, expected "
-        f"['{ARCHITECTURE}']: is it a drafter?"
-    )
-
-
-def without_shared(
-    named_tensors: Iterable[tuple[str, Tensor]],
-) -> Iterator[tuple[str, Tensor]]:
-    """Weights that are the drafter's own: without copies of the target's embedding and LM head."""
-    for name, tensor in named_tensors:
-        if not name.removeprefix("model.").startswith(_SHARED_WITH_TARGET):
-            yield name, tensor

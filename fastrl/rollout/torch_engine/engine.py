@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafter_health import DrafterHealth, WatchedSelector
-from fastrl.rollout.drafters.eagle import EagleDrafter, without_shared
+from fastrl.rollout.drafters.checkpoints import without_shared
+from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.response_store import ResponseStore
 from fastrl.rollout.end_of_sequence import eos_token_ids
 from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
