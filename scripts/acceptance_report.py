@@ -47,7 +47,7 @@ def print_report(report: Report) -> None:
             for part in dict.fromkeys(figure.part for figure in report.lengths)
         },
     )
-    print("\nshare of steps that accept a draft at a depth, of those that accepted all before")
+    print("\nshare of steps that accept a draft at a depth, of the (n) that accepted all before")
     _print_table(strategies, _depth_rows(report.depths, strategies))
     for strategy in strategies:
         _print_ranks([figure for figure in report.ranks if figure.strategy == strategy])
@@ -63,9 +63,9 @@ def print_speed(figures: Sequence[EngineFigure]) -> None:
 
 def _print_table(columns: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
     width = max((len(name) for name in rows), default=0)
-    print(" " * width + "".join(f"{column:>12}" for column in columns))
+    print(" " * width + "".join(f"{column:>14}" for column in columns))
     for name, cells in rows.items():
-        print(f"{name:>{width}}" + "".join(f"{cell:>12}" for cell in cells))
+        print(f"{name:>{width}}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 def _length(report: Report, strategy: str, part: Part) -> str:
@@ -76,7 +76,10 @@ def _length(report: Report, strategy: str, part: Part) -> str:
 def _depth_rows(
     figures: Sequence[AcceptanceFigure], strategies: Sequence[str]
 ) -> dict[str, Sequence[str]]:
-    rates = {(figure.strategy, figure.depth): f"{figure.rate:.3f}" for figure in figures}
+    rates = {
+        (figure.strategy, figure.depth): f"{figure.rate:.3f} ({figure.num_offered})"
+        for figure in figures
+    }
     depths = sorted({figure.depth for figure in figures})
     return {
         f"depth {depth}": [rates.get((strategy, depth), "-") for strategy in strategies]

@@ -63,6 +63,8 @@ class Evaluation:
     """That generates."""
     tasks: list[str] = field(default_factory=lambda: ["chain_sum"])
     """reasoning-gym tasks of the prompts, held-out questions of each."""
+    task_configs: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Their configurations by task, where not reasoning-gym's default."""
     jsonl: Path | None = None
     """JSON Lines file of prompts in place of the tasks; its name is that of the task."""
     prompt_key: str = "prompt"
@@ -123,6 +125,8 @@ class Evaluation:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.jsonl is None and len(set(self.tasks)) != max(len(self.tasks), 1):
             raise ValueError(f"tasks must be at least one, each once, got {self.tasks}")
+        if unknown := sorted(self.task_configs.keys() - set(self.tasks)):
+            raise ValueError(f"task_configs are of {unknown}, which are not among the tasks")
         if self.batch_sizes:
             speed_bench(self)  # refuses what cannot be measured
 
@@ -195,7 +199,7 @@ def load_prompts(evaluation: Evaluation, folder: str) -> dict[str, list[Prompt]]
             by_task[task] = load_questions(
                 folder,
                 task=task,
-                task_config={},
+                task_config=evaluation.task_configs.get(task, {}),
                 system_prompt=evaluation.system_prompt,
                 count=evaluation.num_prompts,
             )

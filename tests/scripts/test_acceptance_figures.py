@@ -143,7 +143,7 @@ def test_tables_and_files_say_what_was_counted(tmp_path, capsys):
     print_report(report)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     for line in (
-        *(["all", "2.00"], ["4-7", "1.50"], ["depth", "1", "0.375"]),
+        *(["all", "2.00"], ["4-7", "1.50"], ["depth", "1", "0.375", "(8)"]),
         *(
             ["depth", "2", "0.500", "0.000"],
             ["all,", "depth", "1", "0.333", "0.667", "0.667", "1.000"],

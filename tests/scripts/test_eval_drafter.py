@@ -251,13 +251,19 @@ QUICKSTART = Path(__file__).parents[2] / "models/quickstart"
 
 
 def test_prompts_of_several_tasks_have_ids_of_their_own(pair_folder):
-    evaluation = tiny(pair_folder, tasks=["chain_sum", "basic_arithmetic"], num_prompts=3)
+    evaluation = tiny(
+        pair_folder,
+        tasks=["chain_sum", "basic_arithmetic"],
+        task_configs={"chain_sum": {"min_terms": 6, "max_terms": 6}},
+        num_prompts=3,
+    )
     prompts = eval_drafter.load_prompts(evaluation, str(QUICKSTART / "policy"))
     assert {task: len(of_task) for task, of_task in prompts.items()} == {
         "chain_sum": 3,
         "basic_arithmetic": 3,
     }
     assert [p.prompt_id for of_task in prompts.values() for p in of_task] == list(range(6))
+    assert all(p.metadata["entry"]["metadata"]["num_terms"] == 6 for p in prompts["chain_sum"])
     assert {p.metadata["task"] for p in prompts["basic_arithmetic"]} == {"basic_arithmetic"}
 
 
@@ -292,6 +298,7 @@ def test_the_command_line_is_read():
         ({"strategies": ["ngram_2_1_3"]}, "n-grams by bench_rollout.py"),
         ({"tasks": []}, "at least one, each once"),
         ({"tasks": ["a", "a"]}, "at least one, each once"),
+        ({"task_configs": {"other": {}}}, r"of \['other'\], which are not"),
         ({"num_samples": 0}, "num_samples must be >= 1"),
         ({"rounds": 0}, "must be >= 1"),
         ({"batch_sizes": [0]}, "batch size 0"),
