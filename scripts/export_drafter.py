@@ -1,8 +1,8 @@
 """Write an EAGLE drafter in the layout that stock SGLang loads: a published one, or one of a run.
 
 Reads the layouts of SafeAILab/EAGLE and SGLang (fastrl/rollout/drafters/checkpoints.py). With a
-checkpoint of a run, its co-trained weights take the place of the folder's. Weights are written as
-float32, whatever they were: with the same values. Leaves out EAGLE-3.
+checkpoint of a run, its co-trained weights take the place of the folder's. Weights keep their
+values as float32, and in the dtype they were published in. Leaves out EAGLE-3.
 
     python scripts/export_drafter.py --drafter runs/drafters/smollm2 --ckpt CKPT --output exported
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jsonargparse
 import torch
@@ -28,6 +29,8 @@ class Export:
     """Folder to write to, which must hold no drafter yet."""
     ckpt: str | None = None
     """Checkpoint of a run that trained this drafter, whose weights are taken."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """To write; the narrower ones round what a run has trained."""
 
 
 def export(wanted: Export) -> None:
@@ -49,7 +52,7 @@ def export(wanted: Export) -> None:
                 f"checkpoint {wanted.ckpt} has no drafter: its run trained none; leave --ckpt out"
             )
         drafter.load_weights(weights[0].items(), source=wanted.ckpt)
-    drafter.save_pretrained(wanted.output)
+    drafter.to(getattr(torch, wanted.dtype)).save_pretrained(wanted.output)
     print(f"the drafter is in {wanted.output}, for speculative_draft_model_path of SGLang's EAGLE")
 
 

@@ -245,6 +245,24 @@ def test_a_bad_drafter_is_evaluated_but_not_timed(pair_folder, tmp_path, monkeyp
     assert all(figure.num_offered > 0 for figure in report.depths if figure.depth == 1)
 
 
+def test_a_runs_policy_and_drafter_take_the_folders_places(pair_folder, tmp_path):
+    """Where the accuracy is counted, and in the engines."""
+    pair = load_pair(tiny(pair_folder))
+    policy = {f"policy.{name}": w + 0.01 for name, w in pair.model.state_dict().items()}
+    trained = {name: w.detach() + 0.01 for name, w in pair.drafter.named_weights()}
+    state = {"state_dict": policy, "callbacks": {"DrafterTraining{}": {"drafter": trained}}}
+    torch.save(state, tmp_path / "run.ckpt")
+    ours = load_pair(tiny(pair_folder, ckpt=str(tmp_path / "run.ckpt")))
+    assert all(w.equal(policy[f"policy.{name}"]) for name, w in ours.model.named_parameters())
+    assert all(w.equal(trained[name]) for name, w in ours.drafter.named_weights())
+    (session,) = drafter_runs.SESSIONS["torch"](ours.subject, ["2_1_3"], [1])
+    with session.open() as arms:
+        engine = arms["2_1_3"].engine
+        assert engine.compare_policy(ours.model.named_parameters()) == []
+        assert engine.compare_drafter(trained.items()) == []
+        assert engine.compare_drafter(pair.drafter.named_weights()) != []
+
+
 # -- prompts and options --------------------------------------------------------------------------
 
 QUICKSTART = Path(__file__).parents[2] / "models/quickstart"

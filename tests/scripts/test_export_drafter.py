@@ -27,6 +27,19 @@ def test_a_published_drafter_is_written_for_sglang(tmp_path: Path) -> None:
     assert written["fc.bias"].count_nonzero() == 0
 
 
+def test_a_published_drafter_keeps_its_bits_in_its_own_dtype(tmp_path: Path) -> None:
+    published = published_weights(bias=True)
+    publish(tmp_path / "published", published)
+    export(
+        Export(drafter=str(tmp_path / "published"), output=tmp_path / "exported", dtype="float16")
+    )
+    written = exported(tmp_path / "exported")
+    assert written.keys() == published.keys() - {"embed_tokens.weight"}
+    for name, weight in written.items():
+        assert weight.dtype == torch.float16
+        assert weight.view(torch.int16).equal(published[name].view(torch.int16))
+
+
 def test_the_weights_of_a_run_take_the_place_of_the_folders(tmp_path: Path) -> None:
     publish(tmp_path / "published", published_weights(bias=True))
     before = EagleDrafter.from_pretrained(tmp_path / "published")
