@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from fastrl.model_files import resolve_model
 from fastrl.rollout.bandit import FixedStrategy, InTurns
-from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.sglang_engine import SGLangEngine
@@ -317,7 +317,7 @@ def run(check: Check) -> bool:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     print_machine(device, check.dtype)
     model, drafter = load_weights(folder, check.ckpt, dtype=torch.float32, device=device)
-    drafter = drafter or dict(EagleDrafter.from_pretrained(check.drafter).named_weights())
+    drafter = drafter or dict(load_drafter(check.drafter).named_weights())
     dtype = getattr(torch, check.dtype)
     rounded, _ = load_weights(folder, check.ckpt, dtype=dtype, device=device)
     sampled = steadiest_prompt(model, rounded, check)

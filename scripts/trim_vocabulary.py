@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from fastrl.datamodules.chat_template import load_tokenizer
 from fastrl.model_files import resolve_model
-from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.drafters.vocabulary import frequent_tokens
 from fastrl.rollout.end_of_sequence import eos_token_ids
 
@@ -62,7 +62,7 @@ def trim(options: Trim) -> None:
         )
     folder = resolve_model(options.model)
     config = AutoConfig.from_pretrained(folder)
-    drafter = EagleDrafter.from_pretrained(options.drafter, config)
+    drafter = load_drafter(options.drafter, config)
     responses = list(_responses(options.rollouts))
     counted = [tokens for number, tokens in enumerate(responses) if number % _HELD_OUT]
     held_out = responses[::_HELD_OUT]

@@ -43,6 +43,7 @@ from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count
 from fastrl.modules.pass_at_k import mean_pass_at_k
 from fastrl.modules.sharding import as_forward, on_all_ranks
 from fastrl.modules.update_metrics import UpdateMetrics
+from fastrl.rollout.drafters.states import joined_states
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
 
 PASS_REWARD = 1 - 1e-6
@@ -464,8 +465,6 @@ def _forward(
             vocab_size=model.config.vocab_size,
             has_entropy_gradient=has_entropy_gradient,
         )
-        inputs = [output.hidden_states[layer].detach() for layer in read_layers]
-        states_BTS = torch.cat((hidden_BTD.detach(), *inputs), dim=-1) if inputs else hidden_BTD
-        return logprobs_BT, entropy_BT, states_BTS
+        return logprobs_BT, entropy_BT, joined_states(output, read_layers)
 
     return as_forward(model, forward)

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from fastrl.rollout.drafters.checkpoints import check_sglang_reads
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.end_of_sequence import eos_token_ids
@@ -131,6 +132,8 @@ def _read(request: StartRequest, options: SGLangOptions) -> _Files:
     drafter = None
     if request.drafter_path is not None and request.speculates:
         drafter = load_drafter(request.drafter_path, config)
+        if drafter.PREDICTS_HIDDEN:
+            check_sglang_reads(request.drafter_path)
     return _Files(
         request=request,
         config=config,

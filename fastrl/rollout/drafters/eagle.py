@@ -10,23 +10,28 @@ for these.
 
 Source: EAGLE (Li et al., ICML 2024, arXiv 2401.15077), in the weight layout of SafeAILab/EAGLE
 that SGLang loads (`LlamaForCausalLMEagle`): `fc` and one Llama layer whose input norm is left out.
-Leaves out EAGLE-3 (eagle3.py) and training; the loss is fastrl/rollout/drafters/loss.py.
+Leaves out EAGLE-3 (eagle3.py), files (checkpoints.py) and training; the loss is
+fastrl/rollout/drafters/loss.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fastrl.rollout.attention import CACHED_ATTENTION
+from fastrl.rollout.drafters.checkpoints import (
+    ARCHITECTURE,
+    read_checkpoint,
+    without_shared,
+    write_checkpoint,
+)
 from fastrl.rollout.drafters.vocabulary import (
     CONFIG_KEY,
     checked_token_map,
@@ -34,8 +39,6 @@ from fastrl.rollout.drafters.vocabulary import (
     write_token_map,
 )
 from fastrl.rollout.weights import check_fits
-
-_SHARED_WITH_TARGET = ("embed_tokens", "lm_head")
 
 
 class EagleDrafter(nn.Module):
@@ -45,7 +48,7 @@ class EagleDrafter(nn.Module):
         config: Llama-style, of one hidden layer; hidden size and vocabulary are the target's.
     """
 
-    ARCHITECTURE: ClassVar[str] = "LlamaForCausalLMEagle"
+    ARCHITECTURE: ClassVar[str] = ARCHITECTURE
     PREDICTS_HIDDEN: ClassVar[bool] = True
     """Whether its output is to resemble the target's hidden state."""
     feature_layers: tuple[int, ...] = ()
@@ -191,57 +194,32 @@ class EagleDrafter(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` in the layout SGLang loads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            self._checkpoint_tensors(), folder / "model.safetensors", metadata={"format": "pt"}
-        )
+        write_checkpoint(folder, self.config, self._checkpoint_tensors(), self.ARCHITECTURE)
         if self.token_map_F is not None and self.PREDICTS_HIDDEN:
-            write_token_map(folder, self.token_map_F)
-        config = self.config.to_diff_dict() | {
-            "architectures": [self.ARCHITECTURE],
-            "model_type": "llama",
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            write_token_map(Path(folder), self.token_map_F)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, target: PretrainedConfig | None = None) -> Self:
-        """Load a checkpoint of this kind; with `target`, check that it fits. Of any kind:
-        loading.py.
+        """Load a checkpoint of this kind (checkpoints.py: of which layouts); with `target`, check
+        that it fits. Of any kind: loading.py.
+
+        Weights are float32, whatever the file's dtype.
 
         Raises:
             FileNotFoundError: no such folder, or a file of it is missing.
-            ValueError: another architecture, other dimensions, missing or unknown weights, or
+            ValueError: another kind of drafter, other dimensions, missing or unknown weights, or
                 another draft vocabulary than the configuration's.
         """
-        folder = Path(folder)
-        for file in ("config.json", "model.safetensors"):
-            if not (folder / file).is_file():
-                raise FileNotFoundError(
-                    f"drafter checkpoint {folder} has no {file}; expected a folder with "
-                    f"config.json and model.safetensors, as EagleDrafter.save_pretrained writes; "
-                    f"scripts/make_drafter.py makes a fresh one for a model"
-                )
-        raw = json.loads((folder / "config.json").read_text())
-        check_architecture(raw.get("architectures"), cls.ARCHITECTURE, str(folder))
-        drafter = cls(LlamaConfig.from_dict(cls._completed(raw, target)))
+        checkpoint = read_checkpoint(folder)
+        drafter = cls(checkpoint.config)
         if target is not None:
             drafter.check_target(target, str(folder))
-        tensors = load_file(folder / "model.safetensors")
-        drafter.load_weights(tensors.items(), source=str(folder))
-        drafter._take_token_map(tensors, folder)
-        return drafter
-
-    @classmethod
-    def _completed(cls, raw: dict[str, Any], target: PretrainedConfig | None) -> dict[str, Any]:
-        """A checkpoint's configuration with what it leaves to the target."""
-        return raw
-
-    def _take_token_map(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        size = self.config.to_dict().get(CONFIG_KEY)
-        token_map_F = read_token_map(folder, self.config.vocab_size, size)
+        drafter.load_weights(checkpoint.weights.items(), source=str(folder))
+        size = checkpoint.config.to_dict().get(CONFIG_KEY)
+        token_map_F = read_token_map(Path(folder), checkpoint.config.vocab_size, size)
         if token_map_F is not None:
-            self.trim_vocabulary(token_map_F, source=str(folder))
+            drafter.trim_vocabulary(token_map_F, source=str(folder))
+        return drafter
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
         """Copy weights in place; every trainable tensor must be given, nothing unknown may be.
@@ -255,32 +233,3 @@ class EagleDrafter(nn.Module):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given[name])
-
-
-def check_architecture(architectures: Sequence[str] | None, expected: str, source: str) -> None:
-    """Raise ValueError for what is no drafter of the expected kind.
-
-    EAGLE-3 has a message of its own because SGLang runs such a checkpoint under its EAGLE flag
-    without a word, and next to nothing of what it drafts is accepted.
-    """
-    if architectures == [expected]:
-        return
-    if any("Eagle3" in one for one in architectures or ()):
-        raise ValueError(
-            f"drafter checkpoint {source} is an EAGLE-3 drafter ({architectures}), which reads "
-            f"hidden states of several layers and has a vocabulary of its own; expected an EAGLE "
-            f"drafter of architecture {expected}: load it as Eagle3Drafter, or by load_drafter"
-        )
-    raise ValueError(
-        f"drafter checkpoint {source} has architectures {architectures}, expected "
-        f"['{expected}']: is it a drafter?"
-    )
-
-
-def without_shared(
-    named_tensors: Iterable[tuple[str, Tensor]],
-) -> Iterator[tuple[str, Tensor]]:
-    """Weights that are the drafter's own: without copies of the target's embedding and LM head."""
-    for name, tensor in named_tensors:
-        if not name.removeprefix("model.").startswith(_SHARED_WITH_TARGET):
-            yield name, tensor

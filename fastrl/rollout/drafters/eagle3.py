@@ -20,15 +20,16 @@ tokens of the draft vocabulary, S width of the target's states.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from fastrl.rollout.drafters.checkpoints import read_settings, read_tensors
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.vocabulary import checked_token_map
 
@@ -177,16 +178,6 @@ class Eagle3Drafter(EagleDrafter):
         """Its own, [F, D]."""
         return self.lm_head.weight
 
-    @classmethod
-    def _completed(cls, raw: dict[str, Any], target: PretrainedConfig | None) -> dict[str, Any]:
-        eagle_config = dict(raw.get("eagle_config") or {})
-        if eagle_config.get(_LAYER_IDS) is None and target is not None:
-            num_layers = target.get_text_config().num_hidden_layers
-            if num_layers >= _FEWEST_LAYERS:
-                layers = default_feature_layers(num_layers)
-                eagle_config[_LAYER_IDS] = [layer - 1 for layer in layers]
-        return raw | {"eagle_config": eagle_config}
-
     # -- weights ----------------------------------------------------------------------------------
 
     def own_weights(
@@ -208,13 +199,38 @@ class Eagle3Drafter(EagleDrafter):
         is_drafted_V[token_F] = True
         return super()._checkpoint_tensors() | {"d2t": token_F - place_F, "t2d": is_drafted_V}
 
-    def _take_token_map(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, target: PretrainedConfig | None = None) -> Self:
+        """Load a checkpoint; with `target`, check that it fits. See `EagleDrafter`."""
+        settings, tensors = read_settings(Path(folder)), read_tensors(Path(folder))
+        if settings.get("architectures") != [cls.ARCHITECTURE]:
+            raise ValueError(
+                f"drafter checkpoint {folder} has architectures {settings.get('architectures')}, "
+                f"expected ['{cls.ARCHITECTURE}']: is it an EAGLE-3 drafter?"
+            )
+        drafter = cls(LlamaConfig.from_dict(_completed(settings, target)))
+        if target is not None:
+            drafter.check_target(target, str(folder))
+        drafter.load_weights(tensors.items(), source=str(folder))
         if "d2t" not in tensors:
             raise ValueError(
                 f"drafter checkpoint {folder} has no d2t, which says what tokens it drafts: is it "
                 f"complete?"
             )
-        self._set_token_map(tensors["d2t"] + torch.arange(len(tensors["d2t"])), str(folder))
+        token_map_F = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+        drafter._set_token_map(token_map_F, str(folder))
+        return drafter
+
+
+def _completed(settings: dict[str, Any], target: PretrainedConfig | None) -> dict[str, Any]:
+    """With what a checkpoint's configuration leaves to the target: the layers it reads."""
+    eagle_config = dict(settings.get("eagle_config") or {})
+    if eagle_config.get(_LAYER_IDS) is None and target is not None:
+        num_layers = target.get_text_config().num_hidden_layers
+        if num_layers >= _FEWEST_LAYERS:
+            layers = default_feature_layers(num_layers)
+            eagle_config[_LAYER_IDS] = [layer - 1 for layer in layers]
+    return settings | {"eagle_config": eagle_config}
 
 
 def _feature_layers(config: LlamaConfig) -> tuple[int, ...]:

@@ -136,7 +136,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     """A policy's folder given as the drafter's is the likely mistake."""
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"architectures \['LlamaForCausalLM'\], expected"):
+    with pytest.raises(ValueError, match=r"has no fc\.weight.*is it a drafter"):
         EagleDrafter.from_pretrained(tmp_path)
 
 

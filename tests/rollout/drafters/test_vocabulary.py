@@ -95,8 +95,8 @@ def test_loss_and_gradients_are_those_of_the_tokens_that_it_can_draft(
         max_chunk_logits=max_chunk_logits,
     )
     result.loss.backward()
-    assert result.loss.item() == pytest.approx(float(expected), rel=1e-5)
-    assert float(result.cross_entropy) == pytest.approx(float(first), rel=1e-5)
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert float(result.cross_entropy) == pytest.approx(first.item(), rel=1e-5)
     assert float(result.top1_acceptance) == pytest.approx(acceptance, rel=1e-5)
     exact_gradients = dict(exact.named_parameters())
     for name, parameter in drafter.named_parameters():
@@ -105,7 +105,7 @@ def test_loss_and_gradients_are_those_of_the_tokens_that_it_can_draft(
         )
     agreements = agreement_by_depth(drafter, *shared_weights, packed, max_depth=2)
     assert agreements[0].top1_acceptance == pytest.approx(acceptance, rel=1e-5)
-    assert agreements[1].cross_entropy == pytest.approx(float(second), rel=1e-5)
+    assert agreements[1].cross_entropy == pytest.approx(second.item(), rel=1e-5)
 
 
 def vars_of(result):
