@@ -253,8 +253,8 @@ class FeatureDataModule(pl.LightningDataModule):
     ) -> PackedFeatures | list[PackedFeatures]:
         """Lightning's own way would assign to the fields of a frozen record."""
         if isinstance(batch, list):
-            return [row.to(device, row.hidden_BTD.dtype) for row in batch]
-        return batch.to(device, batch.hidden_BTD.dtype)
+            return [row.to(device) for row in batch]
+        return batch.to(device)
 
     def _training_row(self) -> PackedFeatures:
         """The next row of the order that has a token to learn from."""
