@@ -24,6 +24,7 @@ from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -219,12 +220,16 @@ class DrafterModule(LightningModule):
             values[f"warmup/held_out_loss_{suffix}"] = cross_entropy[depth] / num_chains[depth]
             values[f"warmup/held_out_acceptance_{suffix}"] = acceptance[depth] / num_chains[depth]
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+        if self.trainer.sanity_checking and self.rl_step == 0:  # which Lightning does not log
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values, step=0)
 
     # ---- checkpoint and output -------------------------------------------------------------------
 
     def on_train_end(self) -> None:
         """Write the drafter, whether or not there are checkpoints."""
         self._write_drafter()
+        rank_zero_info(f"the drafter is in {self.output}, for an engine's drafter_path")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the counter, and what the drafter is for; write the drafter."""
