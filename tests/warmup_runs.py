@@ -21,6 +21,8 @@ POLICY = str(MODELS / "policy")
 def write_responses(folder: Path, num_prompts: int = 20) -> Path:
     """Sums and what is said of them, of varied lengths, as JSON Lines."""
     path = folder / "responses.jsonl"
+    if path.exists():
+        return path
     lines = []
     for number in range(num_prompts):
         terms = [number // 10, number % 10, *range(number % 5)]

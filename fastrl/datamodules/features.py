@@ -241,10 +241,6 @@ class FeatureDataModule(pl.LightningDataModule):
         """The held-out shards, each as all its rows."""
         return load_batches(len(self._shards[_HELD_OUT]), self._held_out_rows)
 
-    def test_dataloader(self) -> BatchLoader[list[PackedFeatures]]:
-        """As for validation."""
-        return self.val_dataloader()
-
     def transfer_batch_to_device(
         self,
         batch: PackedFeatures | list[PackedFeatures],
@@ -367,12 +363,24 @@ class FeatureDataModule(pl.LightningDataModule):
     # ---------------------------------------------------------------- state and end
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the order of sequences."""
-        return {"position": self._cursor.at(self._source.rl_step)}
+        """Every rank's position in its order of sequences; all ranks ask together."""
+        assert self.trainer is not None
+        position = torch.tensor(self._cursor.at(self._source.rl_step))
+        device = self.trainer.strategy.root_device
+        positions = self.trainer.strategy.all_gather(position.to(device))
+        return {"positions": positions.reshape(-1).tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there."""
-        self._cursor = PromptCursor(state_dict["position"])
+        """Go on there; ValueError for a run of another number of ranks."""
+        positions = state_dict["positions"]
+        rank, world_size = self._place()
+        if len(positions) != world_size:
+            raise ValueError(
+                f"the checkpoint is of a run on {len(positions)} ranks, this one has {world_size}, "
+                f"so that each would have other prompts; set trainer.devices and num_nodes as "
+                f"there, or start anew with model.drafter_path"
+            )
+        self._cursor = PromptCursor(positions[rank])
 
     def teardown(self, stage: str) -> None:
         """End the engine; a later run starts it again."""

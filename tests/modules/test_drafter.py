@@ -220,6 +220,15 @@ def test_the_schedule_warms_up_and_falls_to_0_with_the_run(tmp_path: Path) -> No
     assert rates[0] < rates[1] > rates[-1] > 0
 
 
+def test_the_start_drafters_figures_are_logged_at_step_0(tmp_path: Path) -> None:
+    logger = RecordingLogger(tmp_path)
+    fit(tmp_path, num_steps=2, trainer_options={"logger": logger, "num_sanity_val_steps": -1})
+    start = held_out(tmp_path)
+    by_step = {step: m for step, m in logger.logged if "warmup/held_out_loss_depth_1" in m}
+    assert {name: by_step[0][name] for name in start} == pytest.approx(start)
+    assert by_step[2]["warmup/held_out_loss_depth_1"] < start["warmup/held_out_loss_depth_1"]
+
+
 # ---- evaluation
 
 
