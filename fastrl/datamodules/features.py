@@ -41,6 +41,9 @@ from fastrl.rollout.drafters.target_features import sequence_features
 from fastrl.rollout.engine import RolloutEngine
 from fastrl.types import Prompt, SamplingParams, SequenceFeatures, TokenSequence
 
+TOKENS_PER_FORWARD = 4096
+"""Of the target, padding included. Not `tokens_per_step`, so that this may change and the cache
+stand."""
 _TRAIN, _HELD_OUT = "train", "held_out"
 
 
@@ -299,7 +302,7 @@ class FeatureDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         with self.trainer.precision_plugin.forward_context():
             features = sequence_features(
-                self._source.target, sequences, max_tokens=self.tokens_per_step
+                self._source.target, sequences, max_tokens=TOKENS_PER_FORWARD
             )
         if stored is None and not (cache is not None and cache.write(name, features)):
             self._generated[name] = sequences
@@ -317,7 +320,7 @@ class FeatureDataModule(pl.LightningDataModule):
                 sampling=self.sampling if self.engine is not None else None,
                 max_tokens=self.sampling.max_tokens,
                 num_samples=self.num_samples,
-                tokens_per_forward=self.tokens_per_step,
+                tokens_per_forward=TOKENS_PER_FORWARD,
                 prompts_per_shard=self.prompts_per_shard,
                 precision=str(self.trainer.precision),
                 seed=self.seed,

@@ -293,6 +293,14 @@ def test_a_cache_hit_equals_what_is_made_on_the_fly_and_asks_neither_engine_nor_
     assert filling.num_forwards > 0
 
 
+def test_rows_of_another_size_are_packed_from_the_same_cache(tmp_path: Path) -> None:
+    options = {"cache_folder": str(tmp_path / "cache"), "num_steps": 12}
+    collect(tmp_path, make_data(tmp_path, **options))
+    other = collect(tmp_path, make_data(tmp_path, tokens_per_step=30, **options))
+    assert other.num_forwards == 0
+    assert all(int((row.segment_BT >= 0).sum()) <= 30 for row in other.rows)
+
+
 def test_beyond_the_bound_the_target_runs_again_and_the_engine_does_not(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     on_the_fly = collect(tmp_path, generated_data())
