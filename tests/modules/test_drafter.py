@@ -107,16 +107,15 @@ def test_warm_up_and_co_training_have_the_same_loss_and_gradients_on_the_same_ba
 
 
 def test_the_optimizer_is_that_of_co_training(tmp_path: Path) -> None:
-    module = make_module(tmp_path)
-    module.configure_model()
-    optimizer, _ = OptimizerSettings(lr=1e-2).build(
-        module.drafter.parameters(), float("inf"), betas=(0.9, 0.95)
-    )
     EagleDrafter.for_target(CONFIG, seed=5).save_pretrained(tmp_path / "start")
-    callback, _, _ = co_trained(tmp_path)
+    FakePolicyModule(0.0).policy.save_pretrained(tmp_path / "policy")
+    callback, _, drawn = co_trained(tmp_path)
+    module, _ = warmed_up(tmp_path, pack_sequences(drawn, TOKENS_PER_STEP))
+    (ours,) = module.trainer.optimizers[0].param_groups
+    (theirs,) = callback._learner()[1].param_groups
     for name in ("lr", "betas", "eps", "weight_decay", "amsgrad"):
-        theirs = callback._learner()[1].param_groups[0][name]
-        assert optimizer.param_groups[0][name] == theirs, name
+        assert ours[name] == theirs[name], name
+    assert type(module.trainer.optimizers[0]) is type(callback._learner()[1])
 
 
 # ---- a run
