@@ -14,9 +14,7 @@ exchange nothing here. Leaves out storage (feature_cache.py), the target's forwa
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -28,13 +26,13 @@ from fastrl.datamodules.chat_template import context_length, load_tokenizer, tok
 from fastrl.datamodules.feature_cache import FeatureCache
 from fastrl.datamodules.feature_identity import feature_identity
 from fastrl.datamodules.prompts import PromptCursor, PromptSource
+from fastrl.datamodules.shard_order import ShardOrder, rank_share, row_length
 from fastrl.datamodules.streams import BatchLoader, load_batches
 from fastrl.model_files import resolve_model
 from fastrl.rollout.drafters.packing import (
     PackedFeatures,
     fold_segments,
     num_loss_pairs,
-    num_pairs,
     pack_sequences,
 )
 from fastrl.rollout.drafters.target_features import sequence_features
@@ -54,53 +52,6 @@ class TargetSource(Protocol):
     """Frozen."""
     rl_step: int
     """Optimizer steps done."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardOrder:
-    """The endless order in which a rank's sequences are trained on; a function of the seed alone.
-
-    Position n of pass p is p * (sequences of a pass) + n.
-    """
-
-    sizes: tuple[int, ...]
-    """Sequences of each shard."""
-    seed: int
-
-    def at(self, position: int) -> tuple[int, list[int], int]:
-        """The shard at a position, its sequences that are still to come, in order, and the
-        position after them."""
-        pass_index, offset = divmod(position, sum(self.sizes))
-        shards = _shuffled(len(self.sizes), f"shards/{self.seed}/{pass_index}")
-        for shard in shards:
-            if offset < self.sizes[shard]:
-                break
-            offset -= self.sizes[shard]
-        members = _shuffled(self.sizes[shard], f"sequences/{self.seed}/{pass_index}/{shard}")
-        return shard, members[offset:], position + self.sizes[shard] - offset
-
-
-def rank_share(num_items: int, seed: int, rank: int, world_size: int) -> list[int]:
-    """Indices of a rank's items, in a seeded order; shares are disjoint and cover all items.
-
-    Raises ValueError if there are fewer items than ranks.
-    """
-    if num_items < world_size:
-        raise ValueError(
-            f"{num_items} prompts are too few for {world_size} ranks; give more prompts, or lower "
-            f"trainer.devices"
-        )
-    return _shuffled(num_items, f"prompts/{seed}")[rank::world_size]
-
-
-def row_length(features: Sequence[SequenceFeatures], max_pairs: int) -> int:
-    """How many of the sequences, from the first on, fill a row of `max_pairs` pairs; at least 1."""
-    total = 0
-    for index, sequence in enumerate(features):
-        total += num_pairs(sequence)
-        if total > max_pairs and index > 0:
-            return index
-    return len(features)
 
 
 class FeatureDataModule(pl.LightningDataModule):
@@ -406,9 +357,3 @@ def _shard_name(split: str, shard: int) -> str:
 def _usable(features: Sequence[SequenceFeatures]) -> list[SequenceFeatures]:
     """Those with a response token to learn from."""
     return [sequence for sequence in features if num_loss_pairs(sequence) > 0]
-
-
-def _shuffled(count: int, seed: str) -> list[int]:
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return order

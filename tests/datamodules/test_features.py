@@ -19,7 +19,7 @@ from lightning import LightningModule
 from transformers import AutoTokenizer, PreTrainedModel
 
 from fastrl.datamodules import FeatureDataModule, JsonlPrompts, ReasoningGymPrompts
-from fastrl.datamodules.features import ShardOrder, rank_share, row_length
+from fastrl.datamodules.shard_order import ShardOrder, rank_share, row_length
 from fastrl.modules.loading import load_causal_lm
 from fastrl.rollout.drafters.packing import PackedFeatures, fold_segments, pack_sequences
 from fastrl.rollout.torch_engine import TorchEngine
