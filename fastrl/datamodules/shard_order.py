@@ -1,4 +1,4 @@
-"""In which order a drafter's warm-up takes its sequences, which are a rank's, what fills a row. Pure.
+"""In which order warm-up takes its sequences, which of them are a rank's, what fills a row. Pure.
 
 Leaves out what a shard holds (features.py).
 """
