@@ -109,7 +109,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(_no_file(folder, "config.json"))
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     check_architecture(settings.get("architectures"), str(folder))
-    if settings.get("model_type", "llama") != "llama":
+    if settings.get("model_type") not in (None, "llama"):
         raise ValueError(
             f"drafter checkpoint {folder} has model_type {settings['model_type']!r}, expected "
             f"'llama': drafters are one Llama layer, whatever the family of their target"
