@@ -1,4 +1,4 @@
-"""Warm up an EAGLE drafter for a model, in one command.
+"""Warm up an EAGLE or EAGLE-3 drafter for a model, in one command.
 
 A short cut to `fastrl fit --config configs/warmup_eagle.yaml`: it fills in what changes with the
 model and the data, and hands everything after `--` on to that command. Leaves out everything else,
@@ -15,14 +15,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
 
 from fastrl.cli import main
 
-CONFIG = Path(__file__).parents[1] / "configs" / "warmup_eagle.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class Recipe:
     output: Path
     """Folder to write the drafter to, which must hold none yet; logs, checkpoints and cached
     features go beside it, into a folder of its name and `_warmup`."""
+    kind: Literal["eagle", "eagle3"] = "eagle"
+    """Of drafter, and so the configuration: warmup_eagle.yaml or warmup_eagle3.yaml."""
     drafter_path: str | None = None
     """Drafter to start from; null: a new one."""
     data_path: Path | None = None
@@ -100,7 +102,16 @@ def run(recipe: Recipe, others: Sequence[str] = ()) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "overlay.yaml"
         path.write_text(yaml.safe_dump(overlay(recipe)))
-        main(["fit", "--config", str(CONFIG), "--config", str(path), *others])
+        main(
+            [
+                "fit",
+                "--config",
+                str(CONFIGS / f"warmup_{recipe.kind}.yaml"),
+                "--config",
+                str(path),
+                *others,
+            ]
+        )
 
 
 def parse(args: Sequence[str]) -> tuple[Recipe, list[str]]:

@@ -25,6 +25,7 @@ def feature_identity(
     sampling: SamplingParams | None,
     max_tokens: int,
     num_samples: int,
+    layers: Sequence[int],
     tokens_per_forward: int,
     prompts_per_shard: int,
     precision: str,
@@ -39,6 +40,7 @@ def feature_identity(
         sampling: None where responses are given: they count then.
         max_tokens: longest response.
         num_samples: responses a prompt.
+        layers: whose inputs are kept besides the last hidden states.
         tokens_per_forward: which sequences share a forward.
         prompts_per_shard: and a shard.
         precision: of the target's forward, Lightning's name.
@@ -57,6 +59,7 @@ def feature_identity(
         "sampling": f"{how}, {num_samples} of {max_tokens} tokens, seed {seed}",
         "shard size": f"{prompts_per_shard} prompts, {tokens_per_forward} tokens a forward",
         "precision": precision,
+        "layers": str(list(layers)),
     }
 
 

@@ -53,6 +53,11 @@ class TargetSource(Protocol):
     rl_step: int
     """Optimizer steps done."""
 
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Layers whose inputs the drafter reads."""
+        ...
+
 
 class FeatureDataModule(pl.LightningDataModule):
     """Streams packed rows of a target's hidden states for a drafter's warm-up.
@@ -253,7 +258,10 @@ class FeatureDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         with self.trainer.precision_plugin.forward_context():
             features = sequence_features(
-                self._source.target, sequences, max_tokens=TOKENS_PER_FORWARD
+                self._source.target,
+                sequences,
+                max_tokens=TOKENS_PER_FORWARD,
+                layers=self._source.feature_layers,
             )
         if stored is None and not (cache is not None and cache.write(name, features)):
             self._generated[name] = sequences
@@ -271,6 +279,7 @@ class FeatureDataModule(pl.LightningDataModule):
                 sampling=self.sampling if self.engine is not None else None,
                 max_tokens=self.sampling.max_tokens,
                 num_samples=self.num_samples,
+                layers=self._source.feature_layers,
                 tokens_per_forward=TOKENS_PER_FORWARD,
                 prompts_per_shard=self.prompts_per_shard,
                 precision=str(self.trainer.precision),

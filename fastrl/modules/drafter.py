@@ -1,4 +1,4 @@
-"""DrafterModule: the warm-up of an EAGLE drafter for a target that stays as it is.
+"""DrafterModule: the warm-up of an EAGLE or EAGLE-3 drafter for a target that stays as it is.
 
 One batch is one packed row of the target's hidden states (datamodules/features.py), and one
 optimizer step on the loss that co-training takes (rollout/drafters/training.py). Held-out rows show
@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -35,6 +35,8 @@ from fastrl.modules.loading import check_model_folder, load_causal_lm
 from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count_rl_steps
 from fastrl.rollout.drafters.agreement import agreement_by_depth
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
+from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.drafters.loss import LossSettings
 from fastrl.rollout.drafters.packing import PackedFeatures
 from fastrl.rollout.drafters.training import (
@@ -50,14 +52,16 @@ MAX_DEPTH = 6
 
 
 class DrafterModule(LightningModule):
-    """Trains an EAGLE drafter on a frozen target's hidden states.
+    """Trains a drafter on a frozen target's hidden states.
 
     Args:
         model_path: Hugging Face folder of the target; or a `.gguf` file, or `package:NAME` for the
             GGUF file in a Python package.
         output: Folder that the drafter is written to, for an engine's `drafter_path`; a new run
             refuses one that holds a drafter.
-        drafter_path: Folder of the drafter to start from; null: a new one, of random weights.
+        drafter_path: Folder of the drafter to start from, of any kind; null: a new one, of random
+            weights.
+        kind: Of a new drafter.
         optimizer: AdamW, its learning rate over optimizer steps ("RL steps" there), gradient
             clipping.
         loss: How many depths of a draft are trained, and the weight of hidden states.
@@ -72,6 +76,7 @@ class DrafterModule(LightningModule):
         model_path: str,
         output: str,
         drafter_path: str | None = None,
+        kind: Literal["eagle", "eagle3"] = "eagle",
         optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, schedule="cosine"),  # noqa: B008
         loss: LossSettings = LossSettings(),  # noqa: B008  (frozen)
         seed: int = 0,
@@ -81,6 +86,7 @@ class DrafterModule(LightningModule):
         check_model_folder(self.model_path)
         self.output = Path(output)
         self.drafter_path = drafter_path
+        self.kind = kind
         self.optimizer_settings = optimizer
         self.loss_settings = loss
         self.seed = seed
@@ -99,6 +105,11 @@ class DrafterModule(LightningModule):
         assert self._target, "configure_model has not run: no target is loaded"
         return self._target[0]
 
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs the drafter reads."""
+        return self.drafter.feature_layers
+
     def configure_model(self) -> None:
         """Load the target, and the drafter or a new one."""
         if self._target:
@@ -106,9 +117,10 @@ class DrafterModule(LightningModule):
         target = load_causal_lm(self.model_path).requires_grad_(False).train(False)
         shared_weights(target)
         if self.drafter_path is None:
-            self.drafter = EagleDrafter.for_target(target.config, seed=self.seed)
+            drafter_class = Eagle3Drafter if self.kind == "eagle3" else EagleDrafter
+            self.drafter = drafter_class.for_target(target.config, seed=self.seed)
         else:
-            self.drafter = EagleDrafter.from_pretrained(self.drafter_path, target.config)
+            self.drafter = load_drafter(self.drafter_path, target.config)
         self.drafter.to(torch.float32)
         self._target = (target,)
 

@@ -30,6 +30,8 @@ from tests.warmup_runs import POLICY, make_data, make_trainer, write_responses
 class Collector(LightningModule):
     """Keeps the rows it is given; counts the target's forwards."""
 
+    feature_layers: tuple[int, ...] = ()
+
     def __init__(self, target: PreTrainedModel) -> None:
         super().__init__()
         self._target = (target,)

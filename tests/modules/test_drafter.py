@@ -21,6 +21,7 @@ from fastrl.datamodules import ReasoningGymPrompts
 from fastrl.modules import DrafterModule, OptimizerSettings
 from fastrl.modules.loading import load_causal_lm
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
 from fastrl.rollout.drafters.loss import LossSettings
 from fastrl.rollout.drafters.packing import PackedFeatures, fold_segments, pack_sequences
 from fastrl.rollout.drafters.target_features import sequence_features
@@ -279,6 +280,33 @@ def test_a_short_warm_up_improves_held_out_figures_and_the_accept_length(tmp_pat
     start = accept_length(MODELS / "drafter", prompts, module)
     end = accept_length(tmp_path / "drafter", prompts, module)
     assert end > start + 0.2
+
+
+def test_a_new_eagle_3_drafter_is_warmed_up_and_served(tmp_path: Path) -> None:
+    """From random weights, on the same sums."""
+    config = {"min_terms": 2, "max_terms": 6, "min_digits": 1, "max_digits": 1}
+    prompts = ReasoningGymPrompts(task="chain_sum", config=config, num_train=64, num_held_out=16)
+    module = fit(
+        tmp_path,
+        num_steps=40,
+        module_options={
+            "kind": "eagle3",
+            "drafter_path": None,
+            "optimizer": OptimizerSettings(lr=6e-3, warmup_steps=4),
+            "loss": LossSettings(num_depths=3),
+        },
+        trainer_options={"has_checkpoints": False},
+        prompts=prompts,
+        engine=TorchEngine(max_batch_size=64),
+        num_samples=2,
+        sampling=SamplingParams(max_tokens=128),
+        tokens_per_step=512,
+        prompts_per_shard=32,
+        cache_folder=str(tmp_path / "features"),
+    )
+    assert isinstance(module.drafter, Eagle3Drafter)
+    assert module.feature_layers
+    assert accept_length(tmp_path / "drafter", prompts, module) > 1.4
 
 
 def accept_length(folder: Path, prompts: ReasoningGymPrompts, module: DrafterModule) -> float:

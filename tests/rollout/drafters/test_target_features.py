@@ -51,6 +51,24 @@ def test_features_equal_an_unpadded_forward_of_each_sequence(
         torch.testing.assert_close(one.hidden_TD, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_inputs_of_layers_come_with_them(family: str, tmp_path: Path) -> None:
+    target, inputs = make_target(tmp_path, family), []
+    layers = target.base_model.get_submodule("layers")
+    features = sequence_features(target, sequences(), max_tokens=40, layers=(1, 0))
+    for layer in (1, 0):
+        layers[layer].register_forward_pre_hook(
+            lambda _, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+    for sequence, one in zip(sequences(), features, strict=True):
+        inputs.clear()
+        hidden_TD = naive_hidden(target, sequence.tokens_T)
+        second_TD, first_TD = inputs[1][0], inputs[0][0]  # the first layer runs first
+        expected = torch.cat((hidden_TD, second_TD, first_TD), dim=-1)
+        torch.testing.assert_close(one.hidden_TD, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_sequences_have_the_same_features_to_the_bit(tmp_path: Path) -> None:
     target = make_target(tmp_path)
     first, second = (sequence_features(target, sequences(), max_tokens=40) for _ in range(2))
