@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import set_loader, set_parsing_settings
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
@@ -40,9 +40,9 @@ from fastrl.callbacks import (
 from fastrl.callbacks.stop_signals import Terminated
 from fastrl.checkpoint_io import AtomicCheckpointIO
 from fastrl.config_loader import load_yaml
-from fastrl.datamodules import RolloutDataModule
+from fastrl.datamodules import FeatureDataModule, RolloutDataModule
 from fastrl.last_run import find_last_run
-from fastrl.modules import PolicyModule
+from fastrl.modules import DrafterModule, PolicyModule
 
 PREDICTIONS_FILE = "predictions.jsonl"
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -89,8 +89,8 @@ class FastRLCLI(LightningCLI):
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
         super().__init__(
-            model_class=PolicyModule,
-            datamodule_class=RolloutDataModule,
+            model_class=LightningModule,  # which ones: add_core_arguments_to_parser
+            datamodule_class=LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
@@ -116,8 +116,11 @@ class FastRLCLI(LightningCLI):
             skip={*_TRAINER_UNUSABLE, *_TRAINER_FIXED},
         )
         parser.set_defaults({f"trainer.{key}": v for key, v in _TRAINER_DEFAULTS.items()})
-        parser.add_lightning_class_args(PolicyModule, "model", subclass_mode=True)
-        parser.add_lightning_class_args(RolloutDataModule, "data", subclass_mode=True)
+        for classes, key in (
+            ((PolicyModule, DrafterModule), "model"),
+            ((RolloutDataModule, FeatureDataModule), "data"),
+        ):
+            parser.add_subclass_arguments(classes, key, fail_untyped=False, required=True)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -138,7 +141,9 @@ class FastRLCLI(LightningCLI):
         """A value that a class refuses is the user's mistake: its message says all there is."""
         with self._plain_refusals(of_any_class=True):
             super().instantiate_classes()
-            self._check_group_size()
+            self._check_data()
+            if isinstance(self.model, PolicyModule):
+                self._check_group_size()
 
     def _run_subcommand(self, subcommand: str) -> None:
         """What our own code refuses once the trainer runs (a data file's line, say) is as plain."""
@@ -165,6 +170,17 @@ class FastRLCLI(LightningCLI):
                 raise
             self.parser.exit(1, f"error: {error}\n{_DEBUG_HINT}\n")
 
+    def _check_data(self) -> None:
+        """A policy trains on rollouts of itself, a drafter on features of its target."""
+        is_drafter = isinstance(self.model, DrafterModule)
+        if is_drafter != isinstance(self.datamodule, FeatureDataModule):
+            expected = FeatureDataModule if is_drafter else RolloutDataModule
+            raise ValueError(
+                f"{type(self.model).__name__} does not train on what "
+                f"{type(self.datamodule).__name__} yields; set data.class_path to "
+                f"fastrl.datamodules.{expected.__name__}"
+            )
+
     def _check_group_size(self) -> None:
         """Before anything is generated; the algorithm would find out after the first rollouts."""
         least, given = self.model.min_group_size, self.datamodule.group_size
@@ -189,7 +205,11 @@ class FastRLCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with the callbacks of every run behind the configured ones."""
         config = self._get(self.config_init, "trainer")
-        callbacks = _callbacks_of_every_run(config.callbacks or [], config.enable_progress_bar)
+        callbacks = _callbacks_of_every_run(
+            config.callbacks or [],
+            config.enable_progress_bar,
+            is_drafter=isinstance(self.model, DrafterModule),
+        )
         has_own = any(isinstance(callback, Checkpoint) for callback in config.callbacks or [])
         if config.enable_checkpointing is not False and not has_own:
             callbacks.append(StepCheckpoint())
@@ -224,11 +244,16 @@ class FastRLCLI(LightningCLI):
 
 
 def _callbacks_of_every_run(
-    configured: list[Callback], enable_progress_bar: bool | None
+    configured: list[Callback], enable_progress_bar: bool | None, *, is_drafter: bool
 ) -> list[Callback]:
-    """Metrics first, as the bar shows them; the summary last, as its table comes after the bar."""
+    """Metrics first, as the bar shows them; the summary last, as its table comes after the bar.
+
+    A drafter's warm-up has no rollouts to show.
+    """
     has_own_bar = any(isinstance(callback, ProgressBar) for callback in configured)
     shows_bar = enable_progress_bar is not False and not has_own_bar
+    if is_drafter:
+        return [*([RolloutProgressBar("warm-up step")] if shows_bar else []), RandomState()]
     has_own_samples = any(isinstance(callback, TextSamples) for callback in configured)
     return [
         RolloutMetrics(),

@@ -319,6 +319,17 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSequence:
+    """A prompt and the response to it, of which a target's hidden states are wanted."""
+
+    tokens_T: Tensor  # int64: prompt and response
+    num_prompt_tokens: int
+
+    def __len__(self) -> int:
+        return self.tokens_T.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceFeatures:
     """One sequence as a drafter trains on it: tokens and the target's hidden states, aligned."""
 

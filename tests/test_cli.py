@@ -133,6 +133,28 @@ def test_the_datamodule_gets_the_policys_model_path(config: Path) -> None:
     assert cli.datamodule.model_path == "elsewhere"
 
 
+def test_a_policy_and_a_drafter_each_want_data_of_their_own(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_drafters = tmp_path / "of_drafters.yaml"
+    policy = str(Path(__file__).parents[1] / "models" / "quickstart" / "policy")
+    prompts = {"class_path": "ReasoningGymPrompts", "init_args": {"task": "chain_sum"}}
+    features = {
+        "class_path": "fastrl.datamodules.FeatureDataModule",
+        "init_args": {"num_steps": 1, "prompts": prompts},
+    }
+    of_drafters.write_text(yaml.safe_dump({"data": features}))
+    assert exit_code(["fit", "-c", str(config), "-c", str(of_drafters)]) == 2
+    assert "set data.class_path to fastrl.datamodules.RolloutDataModule" in capsys.readouterr().err
+    drafter = {
+        "class_path": "fastrl.modules.DrafterModule",
+        "init_args": {"model_path": policy, "output": str(tmp_path / "drafter")},
+    }
+    of_drafters.write_text(yaml.safe_dump({"model": drafter}))
+    assert exit_code(["fit", "-c", str(config), "-c", str(of_drafters)]) == 2
+    assert "set data.class_path to fastrl.datamodules.FeatureDataModule" in capsys.readouterr().err
+
+
 def test_strategies_need_no_quotes(config: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy"
     policy.mkdir()

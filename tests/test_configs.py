@@ -1,4 +1,4 @@
-"""Every YAML in configs/ is parsed, and its policy, data and callbacks are made, without a run.
+"""Every YAML in configs/ is parsed, and its module, data and callbacks are made, without a run.
 
 One that names no model is laid over another: `quickstart_off` over `quickstart`. One for GPUs is
 made on a CPU, and one whose model has to be downloaded is made for the quickstart's.
@@ -17,8 +17,8 @@ import yaml
 from fastrl.callbacks import DrafterTraining, StrategyAdaptation
 from fastrl.callbacks.feature_buffer import BufferSettings
 from fastrl.cli import FastRLCLI, main
-from fastrl.datamodules import ExactMatchReward, RolloutDataModule
-from fastrl.modules import PolicyModule
+from fastrl.datamodules import ExactMatchReward, FeatureDataModule, RolloutDataModule
+from fastrl.modules import DrafterModule, PolicyModule
 from fastrl.rollout.bandit import Bandit
 from fastrl.rollout.drafters.loss import LossSettings
 from fastrl.types import DraftStrategy, Prompt, StepStats
@@ -96,12 +96,14 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_parsed_and_instantiated(path: Path) -> None:
     cli = FastRLCLI([*layers(path), *on_this_machine(path)], run=False)
-    assert isinstance(cli.model, PolicyModule)
-    assert isinstance(cli.datamodule, RolloutDataModule)
+    is_drafter = path.stem.startswith("warmup_")
+    assert isinstance(cli.model, DrafterModule if is_drafter else PolicyModule)
+    assert isinstance(cli.datamodule, FeatureDataModule if is_drafter else RolloutDataModule)
     configured = (yaml.safe_load(path.read_text()).get("trainer") or {}).get("callbacks") or []
     made = {type(callback).__name__ for callback in cli.trainer.callbacks}
     assert {callback["class_path"].rsplit(".", 1)[1] for callback in configured} <= made
-    assert {"RolloutMetrics", "RunSummary"} <= made
+    assert {"RandomState", "StepCheckpoint"} <= made
+    assert ({"RolloutMetrics", "RunSummary"} <= made) is not is_drafter
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

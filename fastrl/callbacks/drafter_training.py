@@ -28,15 +28,20 @@ from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.callbacks.time_budget import SpentTime, TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loading import load_drafter
-from fastrl.rollout.drafters.loss import EagleLoss, LossSettings, eagle_loss
+from fastrl.rollout.drafters.loss import LossSettings
 from fastrl.rollout.drafters.packing import fold_segments, pack_sequences
+from fastrl.rollout.drafters.training import (
+    BETAS,
+    LOSS_NAMES,
+    loss_values,
+    row_loss,
+    shared_weights,
+)
 from fastrl.rollout.drafters.vocabulary import check_same_vocabulary
 from fastrl.rollout.engine import IdleWindow, RolloutEngine
 from fastrl.types import PolicySource, RolloutBatch
 
-_BETAS = (0.9, 0.95)
 _MAX_GRAD_NORM = 1.0
-_LOGGED_LOSSES = ("loss", "loss_hidden", "loss_ce", "top1_agreement", "top1_acceptance")
 
 
 class _RolloutSource(Protocol):
@@ -154,11 +159,11 @@ class DrafterTraining(Callback):
         if self._restored is None and self._drafter is not None:
             self._restored = self.state_dict()
         policy = cast(PolicySource, pl_module).policy
-        _shared_weights(policy)
+        shared_weights(policy)
         drafter = load_drafter(cast(str, _engine(trainer).drafter_path), target=policy.config)
         self._drafter = drafter.to(pl_module.device, torch.float32)
         self._optimizer = torch.optim.AdamW(
-            self._drafter.parameters(), lr=self.learning_rate, betas=_BETAS, weight_decay=0.0
+            self._drafter.parameters(), lr=self.learning_rate, betas=BETAS, weight_decay=0.0
         )
         self._generator.manual_seed(_rollout_source(trainer).seed)
 
@@ -195,7 +200,7 @@ class DrafterTraining(Callback):
         features = source.take_features()
         held_out = held_out_metrics(
             self._learner()[0],
-            *_shared_weights(source.policy),
+            *shared_weights(source.policy),
             features,
             max_pairs=self.tokens_per_step,
             seed=source.rl_step,
@@ -239,20 +244,11 @@ class DrafterTraining(Callback):
         self._is_published = False
 
     def _train_on(self, policy: PreTrainedModel) -> list[float]:
-        """The step itself; values in the order of `_LOGGED_LOSSES`."""
+        """The step itself; values in the order of `LOSS_NAMES`."""
         drafter, optimizer = self._learner()
-        parameter = next(drafter.parameters())
         sequences = self.buffer.sample(self._generator, self.tokens_per_step)
         packed = fold_segments(pack_sequences(sequences, self.tokens_per_step))
-        embedding_VD, lm_head_VD = _shared_weights(policy)
-        result = eagle_loss(
-            drafter,
-            embedding_VD,
-            lm_head_VD,
-            packed.to(parameter.device, parameter.dtype),
-            hidden_loss_weight=self.loss.hidden_weight,
-            num_depths=self.loss.num_depths,
-        )
+        result = row_loss(drafter, policy, packed, self.loss)
         optimizer.zero_grad(set_to_none=True)
         result.loss.backward()  # type: ignore[no-untyped-call]
         gradients = {n: p.grad for n, p in drafter.named_parameters() if p.grad is not None}
@@ -267,7 +263,7 @@ class DrafterTraining(Callback):
             )
         nn.utils.clip_grads_with_norm_(drafter.parameters(), _MAX_GRAD_NORM, norm)
         optimizer.step()
-        return _loss_values(result)
+        return loss_values(result)
 
     def _train_while_idle(self, source: PolicySource, window: IdleWindow) -> None:
         """Train until the window closes; generation may run without gradients, so ask for them."""
@@ -294,7 +290,7 @@ class DrafterTraining(Callback):
         columns = zip(*self._losses, strict=True)
         return {
             f"drafter/{name}": sum(column) / len(column)
-            for name, column in zip(_LOGGED_LOSSES, columns, strict=True)
+            for name, column in zip(LOSS_NAMES, columns, strict=True)
         }
 
     def _step_metrics(self, spent: SpentTime) -> dict[str, float]:
@@ -369,33 +365,3 @@ def _rollout_source(trainer: Trainer) -> _RolloutSource:
 
 def _engine(trainer: Trainer) -> RolloutEngine:
     return _rollout_source(trainer).engine
-
-
-def _shared_weights(policy: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """The policy's embedding and LM head, [V, D] each: the drafter reads, never trains them."""
-    embedding, lm_head = policy.get_input_embeddings(), policy.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(embedding, nn.Embedding) or not isinstance(lm_head, nn.Linear):
-        raise ValueError(
-            f"an EAGLE drafter shares an nn.Embedding and an nn.Linear LM head with the policy, "
-            f"got {type(embedding).__name__} and {type(lm_head).__name__}; use another model, or "
-            f"remove the DrafterTraining callback"
-        )
-    if lm_head.bias is not None:
-        raise ValueError(
-            "the policy's LM head has a bias, which an EAGLE drafter does not share; use another "
-            "model, or remove the DrafterTraining callback"
-        )
-    return embedding.weight, lm_head.weight
-
-
-def _loss_values(result: EagleLoss) -> list[float]:
-    """In the order of `_LOGGED_LOSSES`, moved off the device at once."""
-    return torch.stack(
-        (
-            result.loss.detach(),
-            result.hidden,
-            result.cross_entropy,
-            result.top1_agreement,
-            result.top1_acceptance,
-        )
-    ).tolist()

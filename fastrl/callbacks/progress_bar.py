@@ -1,4 +1,5 @@
-"""Lightning's rich progress bar, counted in RL steps: reward, accept length, tokens a second.
+"""Lightning's rich progress bar, counted in RL steps: reward, accept length, tokens a second; or in
+the steps of a drafter's warm-up: its loss and agreement.
 
 One bar for the whole run, whatever its number of epochs. Where the output is no terminal (a pipe, a
 job's log), a plain line a step instead of control codes. Always on: FastRLCLI adds it, unless
@@ -21,10 +22,15 @@ _BAR_WIDTH = 8
 
 
 class RolloutProgressBar(RichProgressBar):
-    """Shows the run's RL steps, and the values logged with `prog_bar=True`."""
+    """Shows the run's RL steps, and the values logged with `prog_bar=True`.
 
-    def __init__(self) -> None:
+    Args:
+        step_name: What a step of the run is called.
+    """
+
+    def __init__(self, step_name: str = "RL step") -> None:
         super().__init__(refresh_rate=_REFRESH_PER_SECOND)
+        self.step_name = step_name
         self._prints_lines = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -49,7 +55,7 @@ class RolloutProgressBar(RichProgressBar):
         return self.validation_description
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "RL step"
+        return self.step_name
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """Lightning's without iterations a second, and a bar that leaves room for the values."""
@@ -86,7 +92,7 @@ class RolloutProgressBar(RichProgressBar):
 
     def _line(self, trainer: Trainer, pl_module: LightningModule, rl_step: int) -> str:
         values = self.get_metrics(trainer, pl_module).items()
-        progress = f"RL step {rl_step}/{self.total_train_batches:g}"
+        progress = f"{self.step_name} {rl_step}/{self.total_train_batches:g}"
         return "  ".join((progress, *(f"{name} {value}" for name, value in values)))
 
 

@@ -1,6 +1,7 @@
-"""Prompts, rewards, and the data module that turns them into rollout batches."""
+"""Prompts, rewards, and the data modules that make batches: rollouts, or drafter features."""
 
 from fastrl.datamodules.dataset_prompts import DatasetPrompts
+from fastrl.datamodules.features import FeatureDataModule
 from fastrl.datamodules.jsonl_prompts import JsonlPrompts
 from fastrl.datamodules.prompts import PromptSource
 from fastrl.datamodules.reasoning_gym_prompts import ReasoningGymPrompts
@@ -16,6 +17,7 @@ __all__ = [
     "BatchRewardFunction",
     "DatasetPrompts",
     "ExactMatchReward",
+    "FeatureDataModule",
     "JsonlPrompts",
     "PromptSource",
     "ReasoningGymPrompts",

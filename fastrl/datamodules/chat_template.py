@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fastrl.datamodules.prompts import Question
 from fastrl.types import Prompt
@@ -31,6 +31,12 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
             f"use an instruct model, or put a chat_template.jinja into its folder"
         )
     return tokenizer
+
+
+def context_length(model_path: str) -> int:
+    """Longest sequence of the model, in tokens."""
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    return int(config.max_position_embeddings)
 
 
 def tokenize_questions(

@@ -12,56 +12,27 @@ restored, and they end with the run, however it ends. Leaves out how rollouts ar
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from fastrl.datamodules.chat_template import load_tokenizer, tokenize_questions
+from fastrl.datamodules.chat_template import (
+    context_length,
+    load_tokenizer,
+    tokenize_questions,
+)
 from fastrl.datamodules.collate import collate
 from fastrl.datamodules.prompts import PromptCursor, PromptOrder, PromptSource, even_slices
 from fastrl.datamodules.rewards.base import RewardFunction
 from fastrl.datamodules.rewards.workers import RewardPool
+from fastrl.datamodules.streams import BatchLoader, load_batches
 from fastrl.model_files import resolve_model
 from fastrl.rollout.architecture import architecture_of_folder, differences
 from fastrl.rollout.engine import RolloutEngine
 from fastrl.types import PolicySource, Prompt, RolloutBatch, SamplingParams
-
-
-class RolloutStream(IterableDataset[RolloutBatch]):
-    """A known number of batches, each made when it is asked for.
-
-    Being sized is what keeps the lag at 0.
-    """
-
-    def __init__(self, num_batches: int, make_batch: Callable[[int], RolloutBatch]) -> None:
-        self._num_batches = num_batches
-        self._make_batch = make_batch
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        return map(self._make_batch, range(self._num_batches))
-
-
-class RolloutLoader(DataLoader[RolloutBatch]):
-    """Loads a RolloutStream.
-
-    Its own state is empty, the prompt cursor being the data module's; having one tells Lightning
-    that the loader can go on in the middle of an epoch.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing."""
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -160,7 +131,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self._pad_token_id = _pad_token_id(self.tokenizer)
         splits = self.prompts.load()
         self.rewards.prepare()
-        limit = min(self.max_prompt_tokens, _context_length(self.model_path) - 1)
+        limit = min(self.max_prompt_tokens, context_length(self.model_path) - 1)
         self._held_out_prompts, train_prompts = (
             tokenize_questions(
                 questions,
@@ -215,30 +186,23 @@ class RolloutDataModule(pl.LightningDataModule):
 
     # ---------------------------------------------------------------- loaders
 
-    def train_dataloader(self) -> RolloutLoader:
+    def train_dataloader(self) -> BatchLoader[RolloutBatch]:
         """`num_steps` RL steps from the prompt cursor on."""
-        return self._loader(self.num_steps, lambda _: self._training_batch())
+        return load_batches(self.num_steps, lambda _: self._training_batch())
 
-    def val_dataloader(self) -> RolloutLoader:
+    def val_dataloader(self) -> BatchLoader[RolloutBatch]:
         """The held-out prompts, with the same randomness each time, so that curves are
         comparable."""
         batches = self._held_out_batches()
-        return self._loader(len(batches), lambda index: self._held_out_batch(batches[index]))
+        return load_batches(len(batches), lambda index: self._held_out_batch(batches[index]))
 
-    def test_dataloader(self) -> RolloutLoader:
+    def test_dataloader(self) -> BatchLoader[RolloutBatch]:
         """As for validation."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> RolloutLoader:
+    def predict_dataloader(self) -> BatchLoader[RolloutBatch]:
         """As for validation."""
         return self.val_dataloader()
-
-    def _loader(self, num_batches: int, make_batch: Callable[[int], RolloutBatch]) -> RolloutLoader:
-        # Lightning recommends loader workers, and warns of what a sized stream would do in them;
-        # but the engine and the policy live in this process.
-        for advice in ("does not have many workers", "`IterableDataset` has `__len__` defined"):
-            warnings.filterwarnings("ignore", message=f".*{advice}.*")
-        return RolloutLoader(RolloutStream(num_batches, make_batch), batch_size=None)
 
     def transfer_batch_to_device(
         self, batch: RolloutBatch, device: torch.device, dataloader_idx: int
@@ -367,9 +331,3 @@ def _check_counts(**counts: int) -> None:
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token does, padding being masked; 0 where the tokenizer has none of its own."""
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
-def _context_length(model_path: str) -> int:
-    """Longest sequence of the model, in tokens."""
-    config = AutoConfig.from_pretrained(model_path).get_text_config()
-    return int(config.max_position_embeddings)

@@ -1,6 +1,7 @@
-"""RL algorithms as LightningModules: one subclass of `PolicyModule` each."""
+"""What is trained, as LightningModules: a `PolicyModule` an RL algorithm, and drafters."""
 
 from fastrl.modules.base import PolicyModule, ScoredResponse
+from fastrl.modules.drafter import DrafterModule
 from fastrl.modules.grpo import GRPO
 from fastrl.modules.objectives import LossInputs
 from fastrl.modules.optimization import OptimizerSettings
@@ -8,6 +9,7 @@ from fastrl.modules.reinforce import Reinforce
 
 __all__ = [
     "GRPO",
+    "DrafterModule",
     "LossInputs",
     "OptimizerSettings",
     "PolicyModule",

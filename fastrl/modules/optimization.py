@@ -52,13 +52,17 @@ class OptimizerSettings:
                 raise ValueError(f"optimizer: {expectation}, got {given}")
 
     def build(
-        self, parameters: Iterable[nn.Parameter], num_rl_steps: float
+        self,
+        parameters: Iterable[nn.Parameter],
+        num_rl_steps: float,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> tuple[AdamW, LambdaLR]:
         """The optimizer, and a scheduler to be stepped once an RL step.
 
         Args:
             parameters: to train.
             num_rl_steps: RL steps of the whole run, `inf` where unknown (fine for `constant`).
+            betas: of AdamW.
         """
         if self.schedule != "constant" and math.isinf(num_rl_steps):
             raise ValueError(
@@ -66,7 +70,9 @@ class OptimizerSettings:
                 f"has no end; set trainer.max_steps or trainer.max_epochs, or use schedule "
                 f"'constant'"
             )
-        optimizer = AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+        optimizer = AdamW(
+            parameters, lr=self.lr, betas=betas, weight_decay=self.weight_decay, fused=True
+        )
         return optimizer, LambdaLR(optimizer, lambda step: self.lr_factor(step, num_rl_steps))
 
     def apply_to(self, scheduler: LambdaLR) -> None:

@@ -106,7 +106,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """config.json of an EAGLE drafter of one Llama layer."""
     settings = read_settings(folder)
     check_architecture(settings.get("architectures"), str(folder))
-    if settings.get("model_type", "llama") != "llama":
+    if settings.get("model_type") not in (None, "llama"):
         raise ValueError(
             f"drafter checkpoint {folder} has model_type {settings['model_type']!r}, expected "
             f"'llama': drafters are one Llama layer, whatever the family of their target"

@@ -42,8 +42,8 @@ class PackedFeatures:
     def __len__(self) -> int:
         return self.next_tokens_BT.shape[1]
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> PackedFeatures:
-        """The same row on `device`, its hidden states as `dtype`."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedFeatures:
+        """The same row on `device`, its hidden states as `dtype` if one is given."""
         tensors: dict[str, Tensor] = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self)
         }

@@ -1,0 +1,87 @@
+"""The short cut: its options reach the fit, which ends, goes on, and leaves a drafter."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from warmup_eagle import parse, run
+
+from fastrl.rollout.drafters.eagle import EagleDrafter
+from tests.warmup_runs import POLICY, write_responses
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns when pytest's own arguments are there."""
+    monkeypatch.setattr(sys, "argv", ["fastrl"])
+
+
+def warm_up(folder: Path, *own: str, others: tuple[str, ...] = ()) -> None:
+    options = (
+        *("--base_model_path", POLICY, "--output", str(folder / "drafter")),
+        *("--accelerator", "cpu", "--learning_rate", "6e-3", *own),
+    )
+    run(*parse([*options, "--", "--data.init_args.prompts_per_shard=8", *others]))
+
+
+def test_given_responses_warm_a_drafter_up_and_a_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_responses(tmp_path)
+    keys = ("--data_path", str(data), "--response_key", "response")
+    warm_up(tmp_path, *keys, "--num_steps", "4")
+    drafter = EagleDrafter.from_pretrained(tmp_path / "drafter")
+    run_folder = tmp_path / "drafter_warmup"
+    (checkpoint,) = run_folder.rglob("last.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["rl_step"] == 4
+    assert torch.equal(state["state_dict"]["drafter.fc.weight"], drafter.fc.weight)
+    assert len(list((run_folder / "features").rglob("*.safetensors"))) == 4
+    shown = capsys.readouterr().out
+    assert "warm-up step 4/4" in shown
+    assert "RL step" not in shown
+    warm_up(tmp_path, *keys, "--num_steps", "6", others=("--ckpt_path=last",))
+    again = torch.load(checkpoint, weights_only=True)
+    assert again["rl_step"] == 6
+    shown = capsys.readouterr().out
+    assert "warm-up step 4/" not in shown
+    assert "warm-up step 6/6" in shown
+
+
+def test_without_responses_the_model_generates_them(tmp_path: Path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"q": f"{n} + 1 ="}) + "\n" for n in range(10)))
+    warm_up(
+        tmp_path,
+        *("--data_path", str(data), "--prompt_key", "q", "--num_steps", "2"),
+        others=("--data.init_args.sampling.max_tokens=8",),
+    )
+    EagleDrafter.from_pretrained(tmp_path / "drafter")
+
+
+def test_a_drafter_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data_path", str(write_responses(tmp_path)), "--response_key", "response")
+    warm_up(tmp_path, *data, "--num_steps", "1")
+    with pytest.raises(SystemExit) as exit_:
+        warm_up(tmp_path, *data, "--num_steps", "1")
+    assert exit_.value.code == 2
+    assert "holds a drafter already" in capsys.readouterr().err
+
+
+def test_responses_without_a_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set data_path"):
+        warm_up(tmp_path, "--response_key", "response")
+
+
+def test_the_readmes_command_is_understood() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = re.findall(r"^python scripts/warmup_eagle.py (.*)$", text, flags=re.MULTILINE)
+    recipe, _ = parse(command.split())
+    assert recipe.output == Path("runs/drafters/smollm2")
