@@ -28,14 +28,13 @@ class DraftHead:
 
     def refresh(self) -> None:
         """Either model's weights have changed."""
-        weight_VD: Tensor = self._lm_head.get_parameter("weight").detach()
-        weight_FD = self._drafter.draft_head(weight_VD).detach()
-        bias_V: Tensor | None = getattr(self._lm_head, "bias", None)
-        if weight_FD is weight_VD or not self._drafter.PREDICTS_HIDDEN:
-            self._bias_F = bias_V if self._drafter.PREDICTS_HIDDEN else None
-        elif bias_V is not None:
-            self._bias_F = bias_V.detach()[self._drafter.token_map_F]
-        self._weight_FD = weight_FD
+        token_map_F = self._drafter.token_map_F
+        self._weight_FD = self._drafter.draft_head(self._lm_head.get_parameter("weight")).detach()
+        self._bias_F = getattr(self._lm_head, "bias", None)
+        if not self._drafter.PREDICTS_HIDDEN:
+            self._bias_F = None  # its own head has none
+        elif self._bias_F is not None and token_map_F is not None:
+            self._bias_F = self._bias_F.detach()[token_map_F]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[*, F] of the drafter's outputs [*, D]."""
