@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from check_sglang import chi_square_p_value, joint_distribution
+from policy_statistics import chi_square_p_value, joint_distribution
 
 from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.canary import canary_gap

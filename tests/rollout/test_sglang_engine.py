@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from check_sglang import chi_square_p_value, joint_distribution
+from policy_statistics import chi_square_p_value, joint_distribution
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter

@@ -10,14 +10,13 @@ from collections import Counter
 import check_sglang
 import pytest
 import torch
-from check_sglang import (
-    Check,
+from check_sglang import Check, run, steadiest_prompt
+from policy_statistics import (
     chi_square_p_value,
     excess_p_value,
     joint_distribution,
     noncentrality,
-    run,
-    steadiest_prompt,
+    shortfalls,
     two_sample_p_value,
 )
 from sd_engines import SGLangOptions
@@ -148,7 +147,7 @@ def probability(model, context, token, sampling):
 def test_shortfalls_of_a_response_token_by_token(target_model_of_script):
     model = target_model_of_script
     contexts = [((5, 6, 7), (8, 9, 10)), ((3, 4), (11,)), ((9, 8, 7, 6), (2, 3))]
-    found = check_sglang.shortfalls(model, contexts)
+    found = shortfalls(model, contexts)
     for (prompt, response), short_T in zip(contexts, found, strict=True):
         assert len(short_T) == len(response)
         for place, token in enumerate(response):
@@ -157,7 +156,7 @@ def test_shortfalls_of_a_response_token_by_token(target_model_of_script):
             expected = float(logits_V.max() - logits_V[token])
             assert float(short_T[place]) == pytest.approx(expected, abs=1e-5)
     assert max(map(float, torch.cat(found))) > 0.1
-    best = check_sglang.shortfalls(model, contexts, other=model)
+    best = shortfalls(model, contexts, other=model)
     assert [len(one) for one in best] == [3, 1, 2]
     assert not torch.cat(best).any()
 
@@ -169,7 +168,7 @@ def test_shortfalls_of_what_another_model_would_take(target_model_of_script, fol
         logits_V, other_V = (
             model(torch.tensor([[5, 6]])).logits[0, -1] for model in (target_model_of_script, other)
         )
-    ((short,),) = check_sglang.shortfalls(target_model_of_script, [((5, 6), (7,))], other=other)
+    ((short,),) = shortfalls(target_model_of_script, [((5, 6), (7,))], other=other)
     expected = float(logits_V.max() - logits_V[other_V.argmax()])
     assert float(short) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
