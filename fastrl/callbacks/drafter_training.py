@@ -228,7 +228,8 @@ class DrafterTraining(Callback):
         """Leave neither hook nor feature collection behind."""
         if stage == "fit" and self._drafter is not None:
             _engine(trainer).on_idle = None
-            cast(PolicySource, pl_module).collect_features = False
+            source = cast(PolicySource, pl_module)
+            source.collect_features, source.feature_layers = False, ()
 
     # Training and publication
 

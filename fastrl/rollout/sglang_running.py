@@ -134,6 +134,13 @@ def _read(request: StartRequest, options: SGLangOptions) -> _Files:
         drafter = load_drafter(request.drafter_path, config)
         if drafter.PREDICTS_HIDDEN:
             check_sglang_reads(request.drafter_path)
+        elif len(drafter.feature_layers) == 1:
+            raise ValueError(
+                f"the EAGLE-3 drafter of {request.drafter_path} reads a single layer, "
+                f"{drafter.feature_layers[0]}: SGLang takes features as wide as a hidden state for "
+                f"the drafter's own output, and leaves fc out; use one of several layers, or "
+                f"TorchEngine"
+            )
     return _Files(
         request=request,
         config=config,

@@ -89,6 +89,13 @@ def test_tokens_are_those_of_plain_decoding_while_switching(
     served.close()
 
 
+def test_a_drafter_that_reads_one_layer_is_refused(start_sglang, target_model, tmp_path):
+    drafter = Eagle3Drafter.for_target(target_model.config, seed=0, feature_layers=(1,))
+    drafter.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="reads a single layer, 1: SGLang takes"):
+        start_sglang(strategy="3_1_4", drafter_path=str(tmp_path))
+
+
 def test_the_drafter_has_read_what_plain_steps_left_to_it(
     start_sglang, drafter_folder, embedded, target_model
 ):
