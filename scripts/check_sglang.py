@@ -158,7 +158,7 @@ def run(check: Check) -> bool:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     print_machine(device, check.dtype)
     model, drafter = load_weights(folder, check.ckpt, dtype=torch.float32, device=device)
-    drafter = drafter or dict(load_drafter(check.drafter).named_weights())
+    drafter = drafter or dict(load_drafter(check.drafter, model.config).named_weights())
     dtype = getattr(torch, check.dtype)
     rounded, _ = load_weights(folder, check.ckpt, dtype=dtype, device=device)
     sampled = steadiest_prompt(model, rounded, check)

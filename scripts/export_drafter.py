@@ -15,8 +15,11 @@ from typing import Literal
 
 import jsonargparse
 import torch
+from transformers import AutoConfig
 
+from fastrl.model_files import resolve_model
 from fastrl.rollout.drafters.loading import load_drafter
+from fastrl.rollout.drafters.vocabulary import TOKEN_MAP_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,8 @@ class Export:
 
     drafter: str
     """Folder of the drafter."""
+    model: str | None = None
+    """The target, which some published EAGLE-3 drafters leave to say what layers they read."""
     output: Path
     """Folder to write to, which must hold no drafter yet."""
     ckpt: str | None = None
@@ -39,21 +44,32 @@ def export(wanted: Export) -> None:
         raise FileExistsError(
             f"{wanted.output} holds a model already; give another --output, or remove it"
         )
-    drafter = load_drafter(wanted.drafter)
+    target = None
+    if wanted.model is not None:
+        target = AutoConfig.from_pretrained(resolve_model(wanted.model))
+    drafter = load_drafter(wanted.drafter, target)
     if wanted.ckpt is not None:
         checkpoint = torch.load(wanted.ckpt, map_location="cpu", weights_only=True)
-        weights = [
-            state["drafter"]
+        states = [
+            state
             for name, state in checkpoint["callbacks"].items()
             if name.startswith("DrafterTraining")
         ]
-        if not weights:
+        if not states:
             raise ValueError(
-                f"checkpoint {wanted.ckpt} has no drafter: its run trained none; leave --ckpt out"
+                f"checkpoint {wanted.ckpt} has no drafter: its run co-trained none; leave --ckpt "
+                f"out (a warm-up writes its drafter to model.output)"
             )
-        drafter.load_weights(weights[0].items(), source=wanted.ckpt)
+        drafter.check_reads_the_same(states[0])
+        drafter.load_weights(states[0]["drafter"].items(), source=wanted.ckpt)
     drafter.to(getattr(torch, wanted.dtype)).save_pretrained(wanted.output)
-    print(f"the drafter is in {wanted.output}, for speculative_draft_model_path of SGLang's EAGLE")
+    algorithm = "EAGLE" if drafter.PREDICTS_HIDDEN else "EAGLE3"
+    print(
+        f"the drafter is in {wanted.output}, for speculative_draft_model_path of SGLang's "
+        f"{algorithm}"
+    )
+    if (wanted.output / TOKEN_MAP_FILE).is_file():
+        print(f"and its vocabulary, for speculative_token_map: {wanted.output / TOKEN_MAP_FILE}")
 
 
 def parse(args: list[str] | None = None) -> Export:

@@ -64,6 +64,9 @@ def trim(options: Trim) -> None:
     config = AutoConfig.from_pretrained(folder)
     drafter = load_drafter(options.drafter, config)
     responses = list(_responses(options.rollouts))
+    if drafter.token_map_F is not None:  # it can draft no other token
+        own = set(drafter.token_map_F.tolist())
+        responses = [[token for token in tokens if token in own] for tokens in responses]
     counted = [tokens for number, tokens in enumerate(responses) if number % _HELD_OUT]
     held_out = responses[::_HELD_OUT]
     chosen = frequent_tokens(
@@ -76,7 +79,7 @@ def trim(options: Trim) -> None:
     drafter.save_pretrained(options.output)
     known = set(chosen.token_ids)
     total = sum(map(len, held_out))
-    covered = sum(token in known for tokens in held_out for token in tokens) / total
+    covered = sum(token in known for tokens in held_out for token in tokens) / max(total, 1)
     print(
         f"{options.size} of {drafter.config.vocab_size} tokens cover {chosen.coverage:.2%} of "
         f"{sum(map(len, counted))} tokens that were counted and {covered:.2%} of {total} others; "

@@ -37,7 +37,6 @@ from fastrl.rollout.drafters.training import (
     row_loss,
     shared_weights,
 )
-from fastrl.rollout.drafters.vocabulary import check_same_vocabulary
 from fastrl.rollout.engine import IdleWindow, RolloutEngine
 from fastrl.types import PolicySource, RolloutBatch
 
@@ -323,7 +322,7 @@ class DrafterTraining(Callback):
         drafter, optimizer = self._learner()
         return {
             "drafter": {name: weight.detach() for name, weight in drafter.named_weights()},
-            "token_map": drafter.token_map_F,
+            **drafter.what_it_reads(),
             "optimizer": optimizer.state_dict(),
             "buffer": self.buffer.state_dict(),
             "generator": self._generator.get_state(),
@@ -343,7 +342,7 @@ class DrafterTraining(Callback):
         if (state := self._restored) is None:
             return
         drafter, optimizer = self._learner()
-        check_same_vocabulary(drafter.token_map_F, state.get("token_map"))
+        drafter.check_reads_the_same(state)
         drafter.load_weights(state["drafter"].items(), source="the resumed checkpoint")
         optimizer.load_state_dict(state["optimizer"])
         self.buffer.load_state_dict(state["buffer"])

@@ -33,7 +33,7 @@ class BufferSettings:
     """Most tokens held, prompts included."""
     max_gib: float = 4.0
     """Most host memory held, in GiB; a token takes 8 bytes and its hidden state, 4 bytes × hidden
-    size in float32. A checkpoint holds the buffer too."""
+    size in float32 (four times that for EAGLE-3's). A checkpoint holds the buffer too."""
     recency_half_life: float = 2.0
     """RL steps after which a sequence is half as likely to be drawn; inf: age does not matter."""
     length_exponent: float = 1.0

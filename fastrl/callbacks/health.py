@@ -161,7 +161,8 @@ def _published_drafter(engine: RolloutEngine, trainer: Trainer) -> Iterable[tupl
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, DrafterTraining) and callback.published_weights is not None:
             return callback.published_weights.items()
-    return load_drafter(cast(str, engine.drafter_path)).named_weights()
+    policy = cast(PolicySource, trainer.lightning_module).policy
+    return load_drafter(cast(str, engine.drafter_path), policy.config).named_weights()
 
 
 def _rollout_source(trainer: Trainer) -> _RolloutSource:

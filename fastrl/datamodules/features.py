@@ -346,8 +346,9 @@ class FeatureDataModule(pl.LightningDataModule):
         self._cursor = PromptCursor(positions[rank])
 
     def teardown(self, stage: str) -> None:
-        """End the engine; a later run starts it again."""
+        """End the engine and forget the target's features; a later run starts anew."""
         self._close()
+        self._cache, self._held = None, ("", [])
 
     def on_exception(self, exception: BaseException) -> None:
         """The same when training fails, or is stopped with Ctrl-C."""

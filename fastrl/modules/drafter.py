@@ -249,6 +249,7 @@ class DrafterModule(LightningModule):
             type(self), self.target.config
         )
         checkpoint["rl_step"] = self.rl_step
+        checkpoint["drafter_reads"] = self.drafter.what_it_reads()
         self._write_drafter()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -257,6 +258,7 @@ class DrafterModule(LightningModule):
         checkpoint_header.check_header(
             checkpoint, type(self), self.target.config, is_resume=is_resume
         )
+        self.drafter.check_reads_the_same(checkpoint["drafter_reads"])
         self.rl_step = checkpoint["rl_step"]
 
     def _write_drafter(self) -> None:

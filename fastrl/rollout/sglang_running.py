@@ -132,6 +132,17 @@ def _read(request: StartRequest, options: SGLangOptions) -> _Files:
     drafter = None
     if request.drafter_path is not None and request.speculates:
         drafter = load_drafter(request.drafter_path, config)
+        wide = [one for one in request.strategies if one.topk > drafter.num_drafted]
+        if wide:
+            raise ValueError(
+                f"strategy {wide[0]}: topk {wide[0].topk} is larger than the vocabulary of the "
+                f"drafter ({drafter.num_drafted}); lower it"
+            )
+        if options.hidden_states and drafter.feature_layers:
+            raise ValueError(
+                "with an EAGLE-3 drafter SGLang returns the hidden states that the drafter reads, "
+                "not the last ones; set engine.hidden_states to false, or use TorchEngine"
+            )
         if drafter.PREDICTS_HIDDEN:
             check_sglang_reads(request.drafter_path)
         elif len(drafter.feature_layers) == 1:

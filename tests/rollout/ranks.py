@@ -95,6 +95,10 @@ def main(module: str, name: str, folder: str) -> None:
     result = getattr(importlib.import_module(module), name)(*arguments)
     (Path(folder) / f"result{dist.get_rank()}").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # torch's own threads sometimes abort the process while the interpreter is torn down.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,17 @@ def test_a_drafter_that_reads_one_layer_is_refused(start_sglang, target_model, t
         start_sglang(strategy="3_1_4", drafter_path=str(tmp_path))
 
 
+def test_what_sglang_would_make_something_else_of_is_refused(
+    start_sglang, drafter_folder, target_model, tmp_path
+):
+    with pytest.raises(ValueError, match="returns the hidden states that the drafter reads"):
+        start_sglang(strategy="3_1_4", drafter_path=drafter_folder, hidden_states=True)
+    few = Eagle3Drafter.for_target(target_model.config, seed=0, token_ids=(1, 2, 3))
+    few.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"topk 4 is larger than the vocabulary of the drafter"):
+        start_sglang(strategy="3_4_8", drafter_path=str(tmp_path))
+
+
 def test_the_drafter_has_read_what_plain_steps_left_to_it(
     start_sglang, drafter_folder, embedded, target_model
 ):

@@ -1,5 +1,6 @@
 """A drafter's vocabulary from the responses that a run has written."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def test_the_most_frequent_tokens_and_the_end_of_a_response(tmp_path, rollouts, 
     printed = capsys.readouterr().out
     assert f"3 of {drafter.config.vocab_size} tokens cover 77.78% of 27 tokens" in printed
     assert "33.33% of 3 others" in printed
+
+
+def test_a_trimmed_drafter_is_trimmed_further(tmp_path, rollouts):
+    trim(options(tmp_path, 5))
+    again = dataclasses.replace(
+        options(tmp_path, 3), drafter=str(tmp_path / "trimmed_5"), output=tmp_path / "again"
+    )
+    trim(again)
+    tokens = EagleDrafter.from_pretrained(tmp_path / "again").token_map_F.tolist()
+    assert tokens == sorted((EOS, 7, 40))
 
 
 def test_what_it_cannot_do_is_said(tmp_path, rollouts):

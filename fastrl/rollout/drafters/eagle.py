@@ -16,7 +16,7 @@ fastrl/rollout/drafters/loss.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,6 +34,7 @@ from fastrl.rollout.drafters.checkpoints import (
 )
 from fastrl.rollout.drafters.vocabulary import (
     CONFIG_KEY,
+    check_same_vocabulary,
     checked_token_map,
     read_token_map,
     write_token_map,
@@ -116,6 +117,12 @@ class EagleDrafter(nn.Module):
         `feature_layers`."""
         return int(self.config.hidden_size) * (1 + len(self.feature_layers))
 
+    @property
+    def num_drafted(self) -> int:
+        """Tokens that it can draft."""
+        token_map_F = self.token_map_F
+        return int(self.config.vocab_size) if token_map_F is None else len(token_map_F)
+
     def _checked(self, states: Tensor) -> Tensor:
         if states.shape[-1] != self.state_size:
             raise ValueError(
@@ -176,6 +183,20 @@ class EagleDrafter(nn.Module):
     ) -> Iterator[tuple[str, Tensor]]:
         """Those of a checkpoint that are the drafter's own, by its names."""
         return without_shared(named_tensors)
+
+    def what_it_reads(self) -> dict[str, Any]:
+        """Vocabulary and layers: what its weights mean, for a checkpoint."""
+        return {"token_map": self.token_map_F, "feature_layers": list(self.feature_layers)}
+
+    def check_reads_the_same(self, resumed: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a resumed run's drafter had the same vocabulary and layers."""
+        check_same_vocabulary(self.token_map_F, resumed.get("token_map"))
+        layers = list(resumed.get("feature_layers", ()))
+        if layers != list(self.feature_layers):
+            raise ValueError(
+                f"the drafter reads the target's layers {list(self.feature_layers)}, the resumed "
+                f"run's {layers}: resume with the drafter that the run began with"
+            )
 
     def check_target(self, target: PretrainedConfig, source: str) -> None:
         """Raise ValueError naming each dimension in which the drafter does not fit the target."""

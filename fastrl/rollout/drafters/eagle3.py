@@ -19,7 +19,7 @@ tokens of the draft vocabulary, S width of the target's states.
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -140,6 +140,17 @@ class Eagle3Drafter(EagleDrafter):
         is_whole = len(token_map_F) == self.config.vocab_size
         self.token_map_F = None if is_whole else token_map_F.to(self.fc.weight.device)
 
+    def check_target(self, target: PretrainedConfig, source: str) -> None:
+        """Raise ValueError naming what does not fit the target, layers among it."""
+        super().check_target(target, source)
+        num_layers = target.get_text_config().num_hidden_layers
+        if self.feature_layers[-1] >= num_layers:
+            raise ValueError(
+                f"drafter {source} reads layers {list(self.feature_layers)}, but the policy has "
+                f"{num_layers}, counted from 0: a drafter serves only the target it was made for; "
+                f"give the drafter of this policy"
+            )
+
     # -- forward ----------------------------------------------------------------------------------
 
     def start(self, states: Tensor) -> Tensor:
@@ -186,7 +197,8 @@ class Eagle3Drafter(EagleDrafter):
         """Without a copy of the target's embedding, and without the lists of tokens."""
         for name, tensor in named_tensors:
             name = name.removeprefix("model.").replace("layers.0.", "midlayer.")
-            if not name.startswith(("embed_tokens.", "d2t", "t2d")):
+            is_copy = name.startswith(("embed_tokens.", "d2t", "t2d"))
+            if not is_copy and not name.endswith("rotary_emb.inv_freq"):
                 yield name, tensor
 
     def _checkpoint_tensors(self) -> dict[str, Tensor]:
@@ -217,6 +229,12 @@ class Eagle3Drafter(EagleDrafter):
                 f"drafter checkpoint {folder} has no d2t, which says what tokens it drafts: is it "
                 f"complete?"
             )
+        if len(tensors["d2t"]) != drafter.config.draft_vocab_size:
+            raise ValueError(
+                f"drafter checkpoint {folder} has d2t of {len(tensors['d2t'])} tokens, but "
+                f"draft_vocab_size {drafter.config.draft_vocab_size} in config.json; they are of "
+                f"two drafters"
+            )
         token_map_F = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
         drafter._set_token_map(token_map_F, str(folder))
         return drafter
@@ -239,7 +257,12 @@ def _feature_layers(config: LlamaConfig) -> tuple[int, ...]:
         raise ValueError(
             f"EAGLE-3 drafters with {variants} are not supported; SGLang alone runs them"
         )
-    eagle_config = copy.copy(settings.get("eagle_config") or {})
+    eagle_config = dict(settings.get("eagle_config") or {})
+    if settings.get("tie_word_embeddings") or eagle_config.get("use_aux_hidden_state") is False:
+        raise ValueError(
+            "an EAGLE-3 drafter with tie_word_embeddings, or with use_aux_hidden_state false, is "
+            "not supported: SGLang makes something else of it"
+        )
     layer_ids = eagle_config.get(_LAYER_IDS)
     if layer_ids is None:
         raise ValueError(
@@ -251,4 +274,10 @@ def _feature_layers(config: LlamaConfig) -> tuple[int, ...]:
             "an EAGLE-3 drafter without draft_vocab_size, that is with the target's LM head, is "
             "not supported; SGLang alone runs it"
         )
-    return tuple(layer + 1 for layer in layer_ids)
+    layers = tuple(layer + 1 for layer in layer_ids)
+    if not layers or layers[0] < 1 or any(a >= b for a, b in itertools.pairwise(layers)):
+        raise ValueError(
+            f"an EAGLE-3 drafter's eagle_config.{_LAYER_IDS} has to be ascending, from 0; got "
+            f"{layer_ids}: engines would join what layers give in another order"
+        )
+    return layers

@@ -353,6 +353,8 @@ class TorchEngine:
                 f"a drafter checkpoint, or use strategy 'ngram_{strategy}' or 'off'"
             )
         vocab_size = loaded.target.config.vocab_size
+        if strategy.needs_learned_drafter and loaded.drafter is not None:
+            vocab_size = loaded.drafter.num_drafted
         if strategy.topk > vocab_size:
             raise ValueError(
                 f"strategy {strategy}: topk {strategy.topk} is larger than the vocabulary "

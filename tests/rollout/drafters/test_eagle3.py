@@ -275,6 +275,10 @@ def test_published_names_and_what_the_target_lends_are_read(drafter, tmp_path):
         load_drafter(tmp_path)
 
 
+def reading(layer_ids, **more):
+    return {"eagle_aux_hidden_state_layer_ids": layer_ids} | more
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -282,6 +286,12 @@ def test_published_names_and_what_the_target_lends_are_read(drafter, tmp_path):
         ({"draft_vocab_size": None}, "SGLang alone runs it"),
         ({"vocab_size": 12}, "vocab_size 12, but the policy's is 11"),
         ({"architectures": ["Other"]}, "is it a drafter"),
+        ({"tie_word_embeddings": True}, "SGLang makes something else of it"),
+        ({"eagle_config": reading([1, 3, 2])}, "has to be ascending"),
+        ({"eagle_config": reading([1, 1, 2])}, "has to be ascending"),
+        ({"eagle_config": reading([-1, 1, 2])}, "has to be ascending"),
+        ({"eagle_config": reading([1, 2, 6])}, r"reads layers \[2, 3, 7\], but the policy has 7"),
+        ({"eagle_config": reading([1, 2, 3], use_aux_hidden_state=False)}, "something else of it"),
     ],
 )
 def test_what_is_not_supported_is_said(drafter, tmp_path, change, message):
@@ -301,6 +311,20 @@ def test_a_lost_list_of_tokens_and_another_kind_are_noticed(drafter, tmp_path):
     save_file(saved, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has no d2t"):
         load_drafter(tmp_path)
+
+
+def test_a_list_of_tokens_of_another_drafter_is_noticed(drafter, tmp_path):
+    drafter.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    save_file(saved | {"d2t": saved["d2t"][:-1].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="they are of two drafters"):
+        load_drafter(tmp_path)
+
+
+def test_a_run_is_resumed_with_the_layers_it_read(drafter):
+    drafter.check_reads_the_same(drafter.what_it_reads())
+    with pytest.raises(ValueError, match=r"the resumed run's \[2, 3\]"):
+        drafter.check_reads_the_same(drafter.what_it_reads() | {"feature_layers": [2, 3]})
 
 
 def test_a_vocabulary_is_trimmed_with_its_rows(drafter):

@@ -226,6 +226,12 @@ def test_tokens_are_those_of_plain_decoding(trimmed_engine):
     assert responses["off"] == responses["4_1_5"] == responses["3_3_10"]
 
 
+def test_more_children_than_tokens_are_refused(trimmed_engine):
+    trimmed_engine.strategy_selector = FixedStrategy(f"2_{TARGET_VOCAB_SIZE // 2}_30")
+    with pytest.raises(ValueError, match="larger than the vocabulary"):
+        trimmed_engine.generate(make_prompts(1), GREEDY)
+
+
 def test_the_head_follows_the_policy(trimmed_engine, target_model):
     """A publication after which the policy's LM head is another."""
     changed = {name: weight.clone() for name, weight in target_model.named_parameters()}
