@@ -106,6 +106,14 @@ class FeatureCache:
         )
         return False
 
+    def fits(self, name: str, features: Sequence[SequenceFeatures]) -> bool:
+        """Whether there is room for a shard with its hidden states, in place of what is under its
+        name."""
+        path = self._path(name)
+        replaced = path.stat().st_size if path.is_file() else 0
+        size = _size(_pack(features, with_hidden=True)) + _HEADER_BYTES
+        return size <= self._max_bytes - self.num_bytes + replaced
+
     def _say_full(self, name: str) -> None:
         """Once, when hidden states are first left out."""
         if self._said_full:

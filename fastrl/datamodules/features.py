@@ -263,7 +263,13 @@ class FeatureDataModule(pl.LightningDataModule):
                 max_tokens=TOKENS_PER_FORWARD,
                 layers=self._source.feature_layers,
             )
-        if stored is None and not (cache is not None and cache.write(name, features)):
+        # A shard that is kept without hidden states gets them once there is room: after
+        # cache_gib was raised.
+        if cache is not None and (stored is None or cache.fits(name, features)):
+            is_kept = cache.write(name, features)
+        else:
+            is_kept = stored is not None
+        if not is_kept:
             self._generated[name] = sequences
         return features
 

@@ -317,6 +317,16 @@ def test_beyond_the_bound_the_target_runs_again_and_the_engine_does_not(tmp_path
     assert engine.policy_version == -1
 
 
+def test_a_raised_bound_is_filled_with_what_was_left_out(tmp_path: Path) -> None:
+    """By the next run; the one after that needs no forward."""
+    folder = str(tmp_path / "cache")
+    collect(tmp_path, generated_data(cache_folder=folder, cache_gib=100_000 / 2**30))
+    filling, hit = (collect(tmp_path, generated_data(cache_folder=folder)) for _ in range(2))
+    assert filling.num_forwards > 0
+    assert hit.num_forwards == 0
+    assert_same_rows(filling.rows, hit.rows)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "another target", "another tokenizer"])
 def test_a_damaged_or_foreign_cache_is_made_anew_and_never_trained_on(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
