@@ -8,6 +8,7 @@ from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
 from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.types import SamplingParams
 from tests.rollout.tiny_models import VOCAB_SIZE, make_prompts
+from tests.rollout.turns import check_turns_accept_the_same
 
 pytestmark = pytest.mark.sglang
 
@@ -114,13 +115,5 @@ def test_the_drafter_has_read_what_plain_steps_left_to_it(
     names = ("off", "off", "4_1_5")
     served = start_sglang(selector=InTurns(names), drafter_path=drafter_folder)
     served.load_policy(target_model.named_parameters(), version=0)
-    num_accepted = 0
-    for prompt in PROMPTS:  # one by one, so that both engines take the same turns
-        for engine in (served, embedded):
-            engine.strategy_selector = InTurns(names)
-        ours, theirs = (engine.generate([prompt], GREEDY)[0] for engine in (served, embedded))
-        assert ours.tokens == theirs.tokens
-        assert ours.accept_lengths == theirs.accept_lengths
-        num_accepted += sum(ours.accept_lengths) - len(ours.accept_lengths)
-    assert num_accepted > 5
+    check_turns_accept_the_same(served, embedded, PROMPTS, names)
     served.close()

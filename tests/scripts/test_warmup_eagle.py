@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from warmup_eagle import parse, run
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
@@ -64,6 +65,14 @@ def test_without_responses_the_model_generates_them(tmp_path: Path) -> None:
         others=("--data.init_args.sampling.max_tokens=8",),
     )
     EagleDrafter.from_pretrained(tmp_path / "drafter")
+    folder = tmp_path / "drafter_warmup" / "features"
+    shards = {path.name: load_file(path) for path in folder.rglob("*.safetensors")}
+    for shard in shards.values():
+        num_generated = shard["num_tokens"] - shard["num_prompt_tokens"]
+        assert ((num_generated >= 1) & (num_generated <= 8)).all()
+    (held_out,) = (shard for name, shard in shards.items() if name.startswith("held_out"))
+    assert len(held_out["num_tokens"]) == 2  # a tenth of the prompts, two responses each
+    assert len(shards) > 1
 
 
 def test_a_drafter_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

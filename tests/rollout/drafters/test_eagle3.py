@@ -309,8 +309,11 @@ def test_a_lost_list_of_tokens_and_another_kind_are_noticed(drafter, tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     del saved["d2t"]
     save_file(saved, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="has no d2t"):
-        load_drafter(tmp_path)
+    if drafter.token_map_F is None:
+        assert load_drafter(tmp_path).token_map_F is None
+    else:
+        with pytest.raises(ValueError, match="has no d2t"):
+            load_drafter(tmp_path)
 
 
 def test_a_list_of_tokens_of_another_drafter_is_noticed(drafter, tmp_path):
