@@ -224,19 +224,22 @@ class Eagle3Drafter(EagleDrafter):
         if target is not None:
             drafter.check_target(target, str(folder))
         drafter.load_weights(tensors.items(), source=str(folder))
-        if "d2t" not in tensors:
+        num_drafted = drafter.config.draft_vocab_size
+        if "d2t" in tensors:
+            offsets_F = tensors["d2t"]
+        elif num_drafted == drafter.config.vocab_size:  # all tokens: nothing to map
+            return drafter
+        else:
             raise ValueError(
                 f"drafter checkpoint {folder} has no d2t, which says what tokens it drafts: is it "
                 f"complete?"
             )
-        if len(tensors["d2t"]) != drafter.config.draft_vocab_size:
+        if len(offsets_F) != num_drafted:
             raise ValueError(
-                f"drafter checkpoint {folder} has d2t of {len(tensors['d2t'])} tokens, but "
-                f"draft_vocab_size {drafter.config.draft_vocab_size} in config.json; they are of "
-                f"two drafters"
+                f"drafter checkpoint {folder} has d2t of {len(offsets_F)} tokens, but "
+                f"draft_vocab_size {num_drafted} in config.json; they are of two drafters"
             )
-        token_map_F = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
-        drafter._set_token_map(token_map_F, str(folder))
+        drafter._set_token_map(offsets_F + torch.arange(num_drafted), str(folder))
         return drafter
 
 
