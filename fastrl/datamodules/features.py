@@ -15,6 +15,7 @@ target's forward and packing (fastrl/rollout/drafters).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl.datamodules.chat_template import context_length, load_tokenizer, tokenize_questions
@@ -45,6 +47,8 @@ from fastrl.types import Prompt, SamplingParams, SequenceFeatures, TokenSequence
 TOKENS_PER_FORWARD = 4096
 """Of the target, padding included. Not `tokens_per_step`, so that this may change and the cache
 stand."""
+COUNTED_TOKENS = 2**18
+"""Of responses, over all ranks, by which a draft vocabulary is chosen."""
 _TRAIN, _HELD_OUT = "train", "held_out"
 
 
@@ -275,6 +279,29 @@ class FeatureDataModule(pl.LightningDataModule):
         hidden_size = self._source.target.config.get_text_config().hidden_size
         return fold_segments(pack_sequences(sequences, self.tokens_per_step, hidden_size))
 
+    # ---------------------------------------------------------------- tokens that are drafted
+
+    def response_token_counts(self) -> dict[int, int]:
+        """How often which token comes in the first responses that are trained on, all ranks'.
+
+        Whole shards, until `COUNTED_TOKENS` were counted or a pass ends. All ranks ask together.
+        """
+        assert self.trainer is not None
+        order, counts, position = self._order(), Counter[int](), 0
+        enough = COUNTED_TOKENS / self._place()[1]
+        while position < sum(order.sizes) and counts.total() < enough:
+            shard, _, position = order.at(position)
+            for sequence in self._sequences(_TRAIN, shard):
+                counts.update(sequence.tokens_T[sequence.num_prompt_tokens :].tolist())
+        # Over the network as numbers by token; a model's vocabulary may exceed the tokenizer's.
+        vocab_size = self._source.target.config.get_text_config().vocab_size
+        counts_V = torch.zeros(vocab_size, dtype=torch.int64)
+        for token, count in counts.items():
+            counts_V[token] = count
+        strategy = self.trainer.strategy
+        total_V = strategy.reduce(counts_V.to(strategy.root_device), reduce_op="sum")
+        return {token: count for token, count in enumerate(cast(Tensor, total_V).tolist()) if count}
+
     # ---------------------------------------------------------------- features of a shard
 
     def _stored(self, name: str) -> list[SequenceFeatures] | None:
@@ -289,8 +316,7 @@ class FeatureDataModule(pl.LightningDataModule):
         stored = cache.read(name) if cache is not None else None
         if stored is not None and stored.features is not None:
             return stored.features
-        known = stored.sequences if stored is not None else self._generated.get(name)
-        sequences = known or self._responses(self._shards[split][shard])
+        sequences = stored.sequences if stored is not None else self._made(split, shard)
         assert self.trainer is not None
         with self.trainer.precision_plugin.forward_context():
             features = sequence_features(
@@ -306,9 +332,22 @@ class FeatureDataModule(pl.LightningDataModule):
             is_kept = cache.write(name, features)
         else:
             is_kept = stored is not None
-        if not is_kept:
-            self._generated[name] = sequences
+        if is_kept:
+            self._generated.pop(name, None)
         return features
+
+    def _sequences(self, split: str, shard: int) -> list[TokenSequence]:
+        """Prompts and responses alone, from the cache or made."""
+        cache = self._opened_cache()
+        stored = cache.read(_shard_name(split, shard)) if cache is not None else None
+        return stored.sequences if stored is not None else self._made(split, shard)
+
+    def _made(self, split: str, shard: int) -> list[TokenSequence]:
+        """Responses are made once; remembered until the cache has them."""
+        name = _shard_name(split, shard)
+        if name not in self._generated:
+            self._generated[name] = self._responses(self._shards[split][shard])
+        return self._generated[name]
 
     def _opened_cache(self) -> FeatureCache | None:
         """Opened at the first use: the target comes after `setup`."""
