@@ -63,6 +63,8 @@ class SGLangEngine:
         memory_saver: Whether `sleep` can give memory back; needs the package torch-memory-saver.
         bucketed_graphs: Whether a bandit's strategies share CUDA graphs of equal shapes, and have
             them only for batch sizes in which each may be chosen; false: all for each, to compare.
+        unread_gib: Device memory for hidden states of plain steps that the drafter has not read,
+            in GiB: the more it holds, the less is read in vain. At least 32 tokens a row are kept.
         bucket_mib: Most MiB of weights published in one message.
         start_timeout_s: Seconds an engine may take to start.
         generate_timeout_s: Seconds a `generate` call may take before the engine is taken to hang.
@@ -85,6 +87,7 @@ class SGLangEngine:
         hidden_states: bool = False,
         memory_saver: bool = False,
         bucketed_graphs: bool = True,
+        unread_gib: float = 1.0,
         bucket_mib: int = 512,
         start_timeout_s: float = 600.0,
         generate_timeout_s: float = 3600.0,
@@ -109,6 +112,7 @@ class SGLangEngine:
             hidden_states=hidden_states,
             memory_saver=memory_saver,
             bucketed_graphs=bucketed_graphs,
+            unread_gib=unread_gib,
             bucket_mib=bucket_mib,
             start_timeout_s=start_timeout_s,
             generate_timeout_s=generate_timeout_s,
@@ -149,6 +153,7 @@ class SGLangEngine:
                     self.strategy_selector,
                     self._options.max_batch_size,
                     bucketed_graphs=self._options.bucketed_graphs,
+                    unread_gib=self._options.unread_gib,
                 ),
                 drafter_path=self.drafter_path,
             )

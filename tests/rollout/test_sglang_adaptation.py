@@ -30,8 +30,9 @@ POOL = ("3_1_4", "3_4_8", "5_2_12", "1_1_2")
 
 @pytest.fixture(scope="module")
 def switching(start_sglang, target_model):
-    """SGLang prepared for the pool, with a drafter that is often right."""
-    engine = start_sglang(selector=InTurns(("off", *POOL)), hidden_states=True)
+    """SGLang prepared for the pool, with a drafter that is often right, and little room for what
+    plain steps leave to it."""
+    engine = start_sglang(selector=InTurns(("off", *POOL)), hidden_states=True, unread_gib=0)
     engine.load_policy(target_model.named_parameters(), version=0)
     engine.load_drafter(echoing_drafter(target_model).items(), version=0)
     return engine
