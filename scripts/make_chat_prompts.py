@@ -4,7 +4,8 @@ Every request is a template and a subject. The held-out ones are about other sub
 a small instruct model is asked, not a test of it; responses are the model's own. Leaves out tasks
 with answers, which reasoning-gym has.
 
-    python scripts/make_chat_prompts.py --train runs/chat/train.jsonl --held_out runs/chat/held_out.jsonl
+    python scripts/make_chat_prompts.py --train runs/chat/train.jsonl \\
+        --held_out runs/chat/held_out.jsonl
 """
 
 from __future__ import annotations

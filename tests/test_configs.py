@@ -1,7 +1,7 @@
 """Every YAML in configs/ is parsed, and its module, data and callbacks are made, without a run.
 
-One that names no class of model is laid over another: `quickstart_off` over `quickstart`. One for GPUs is
-made on a CPU, and one whose model has to be downloaded is made for the quickstart's.
+One that names no class of model is laid over another: `quickstart_off` over `quickstart`. One for
+GPUs is made on a CPU, and one whose model has to be downloaded is made for the quickstart's.
 """
 
 from __future__ import annotations
