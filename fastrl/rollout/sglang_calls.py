@@ -16,10 +16,8 @@ from fastrl.rollout.sampling import request_key
 from fastrl.rollout.sglang_rollouts import (
     as_rollout,
     check_prompt,
-    check_sampling,
     counted_statistics,
     longest_sequence,
-    num_top_logprobs,
     sglang_sampling,
     statistics,
 )
@@ -67,19 +65,15 @@ class GenerateCall:
         """Prompt and sample index of each response, prompt-major."""
         return [(prompt, index) for prompt in self.prompts for index in range(self.num_samples)]
 
-    def options(self, model: ModelInfo) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Of the whole call, in the engine's process."""
-        return {
-            "num_top_logprobs": num_top_logprobs(self.sampling, model.config.vocab_size),
-            "return_hidden_states": self.return_hidden_states,
-        }
+        return {"return_hidden_states": self.return_hidden_states}
 
     def requests(self, model: ModelInfo) -> list[GenerateRequest]:
         """One for each response.
 
-        Raises ValueError for what SGLang does not sample exactly, or has no room for.
+        Raises ValueError for what SGLang has no room for.
         """
-        check_sampling(self.sampling)
         for prompt in self.prompts:
             check_prompt(
                 prompt,

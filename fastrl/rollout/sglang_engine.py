@@ -338,7 +338,7 @@ class SGLangEngine:
 
         Raises:
             ValueError: before `start` or `load_policy`, for a prompt that is empty or leaves no
-                room for a response, or for what stock SGLang cannot sample exactly.
+                room for a response.
             EngineError: SGLang died, or took longer than generate_timeout_s; it must be started
                 anew.
         """
@@ -372,7 +372,7 @@ class SGLangEngine:
                 take_back(selector, responses.report)
             return call.rollouts(responses, model, self.policy_version)
 
-        asked = running.process.gather_requests(requests, call.options(model))
+        asked = running.process.gather_requests(requests, call.options())
         responses = generate_under(
             self._deciding(selector, running),
             asked,

@@ -320,6 +320,7 @@ def test_an_embedding_of_the_drafters_own_when_the_cache_is_sized(
 ):
     """Stock SGLang holds the drafter's while it measures what is left for the cache."""
     monkeypatch.setenv("SGLANG_PLUGINS", "fastrl_sglang_cpu")
+    monkeypatch.setenv("FASTRL_TEST_STOCK", "1")
     monkeypatch.setenv("FASTRL_TEST_EMBEDDINGS", str(tmp_path / "own.json"))
     if is_shared:
         monkeypatch.setenv("FASTRL_TEST_SHARED", "1")

@@ -12,6 +12,7 @@ def activate():
     _accept_any_cpu()
     _verify_by_sampling()
     _allow_seeded_sampling()
+    _stay_stock()
     _report_embeddings()
     _lose_memory()
     torch.cuda.synchronize = lambda device=None: None  # its checksums wait for a GPU
@@ -39,6 +40,14 @@ def _allow_seeded_sampling():
 
     choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("intel_amx")
     batch_invariant_ops.enable_batch_invariant_mode = lambda: None
+
+
+def _stay_stock():
+    """For tests of an SGLang without FastRL's plugin: it answers requests, and hooks nothing."""
+    if "FASTRL_TEST_STOCK" in os.environ:
+        from fastrl.rollout.sglang_plugin import answer_requests
+
+        answer_requests()
 
 
 def _report_embeddings():
