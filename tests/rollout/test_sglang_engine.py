@@ -110,6 +110,32 @@ def test_tokens_that_are_equally_likely_are_kept_together(any_strategy, target_m
     assert chi_square_p_value(counts, expected, len(rollouts)) > 1e-4
 
 
+@pytest.mark.parametrize("strategy", ["off", "3_4_8"])
+def test_tokens_without_seeds_follow_it_too_and_repeat_by_call(
+    start_sglang, target_model, strategy
+):
+    """One request at a time, since which ones a step finds in the queue is a matter of time."""
+    engine = start_sglang(strategy=strategy, deterministic=False)
+    engine.load_policy(target_model.named_parameters(), version=0)
+    (prompt,) = make_prompts(1)
+
+    def response(**seeds: int) -> tuple[int, ...]:
+        return engine.generate([prompt], LONG, **seeds)[0].tokens
+
+    first = response(seed=3, rl_step=7)
+    assert len({first, response(seed=3, rl_step=8), response(seed=4, rl_step=7)}) == 3
+    assert response(seed=3, rl_step=7) == first
+    sampling = SamplingParams(max_tokens=3, top_p=0.5, ignore_eos=True)
+    rollouts = engine.generate([prompt], sampling, num_samples=600)
+    expected = joint_distribution(target_model, prompt.tokens, sampling)
+    counts = dict.fromkeys(expected, 0)
+    for rollout in rollouts:
+        counts[rollout.tokens] += 1
+        assert sum(rollout.logprobs) == pytest.approx(math.log(expected[rollout.tokens]), abs=1e-4)
+    assert chi_square_p_value(counts, expected, len(rollouts)) > 1e-4
+    engine.close()
+
+
 def test_hidden_states_are_those_of_a_plain_forward(any_strategy, target_model):
     sampling = SamplingParams(max_tokens=20)
     prompts = make_prompts(3)
