@@ -8,9 +8,9 @@ records are translated in sglang_calls.py and sglang_rollouts.py. With a selecto
 bandit, set before `start`) SGLang runs FastRL's plugin (sglang_plugin.py, sglang_worker.py), which
 asks it before each decode step; sglang_adaptation.py brings it there and back.
 
-Randomness is seeded by request, and so reproducible as long as the strategies are; but with
-speculation on SGLang draws other numbers than with it off: the distribution is the same, the tokens
-are not.
+Randomness is seeded by request, or without `deterministic` by call, and so reproducible as long as
+the strategies (and the batches) are; but with speculation on SGLang draws other numbers than with
+it off: the distribution is the same, the tokens are not.
 """
 
 from __future__ import annotations
@@ -56,8 +56,10 @@ class SGLangEngine:
         attention_backend: SGLang's attention kernels ('triton', 'fa3', 'flashinfer'); null: its
             default.
         deterministic: Seed every token, so that rollouts of one strategy repeat whatever the batch;
-            costs speed (SGLang's batch-invariant kernels). Without it tokens depend on the batch
-            and the run; under a bandit, whose choices rest on measured times, they do either way.
+            costs speed (SGLang's batch-invariant kernels). Without it each `generate` call seeds
+            SGLang's generators, and its tokens repeat as far as its batches do: which requests a
+            step finds in the queue is a matter of time. Under a bandit, whose choices rest on
+            measured times, nothing repeats either way.
         hidden_states: Whether rollouts can be asked for hidden states; SGLang prepares for it at
             its start.
         memory_saver: Whether `sleep` can give memory back; needs the package torch-memory-saver.
@@ -124,6 +126,7 @@ class SGLangEngine:
         self._drafter_watch = DrafterWatch()
         self._is_drafter_rejected = False
         self._num_probe_steps = 0
+        self._is_asleep = False
         self._running: RunningEngine | None = None
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -159,7 +162,7 @@ class SGLangEngine:
             )
 
         running = start_engine(request, self._options, group)
-        self._running = running
+        self._running, self._is_asleep = running, False
         self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
         if running.drafter is not None:
             self._drafter_watch.start(
@@ -180,8 +183,9 @@ class SGLangEngine:
         """Send the policy's weights, bucket by bucket; the drafter's embedding and LM head follow.
 
         Raises ValueError naming missing, unknown and misshapen tensors: then the engine generates
-        nothing until all are sent.
+        nothing until all are sent; and while it sleeps.
         """
+        self._check_awake("load_policy")
         self._started().weights.publish_policy(named_tensors, version)
         events = self._events
         self._events = dataclasses.replace(events, policy_loads=events.policy_loads + 1)
@@ -193,6 +197,7 @@ class SGLangEngine:
         Raises ValueError as `load_policy` does, and where ranks that share the engine hold
         different drafters.
         """
+        self._check_awake("load_drafter")
         running = self._started()
         if self._is_drafter_rejected:
             self._is_drafter_rejected = False
@@ -282,10 +287,12 @@ class SGLangEngine:
             )
         running.weights.lose()
         running.process.call("sleep", MESSAGE_TIMEOUT_S)
+        self._is_asleep = True
 
     def wake(self) -> None:
         """Take the memory again; `generate` refuses until the weights are published."""
         self._started().process.call("wake", MESSAGE_TIMEOUT_S)
+        self._is_asleep = False
         self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -310,6 +317,13 @@ class SGLangEngine:
         if self._running is None:
             raise ValueError("the engine is not started: call start(model_path) first")
         return self._running
+
+    def _check_awake(self, method: str) -> None:
+        if self._is_asleep:
+            raise ValueError(
+                f"{method}: the engine sleeps, and has given the memory of its weights back; call "
+                f"wake() first"
+            )
 
     def _strategies_to_run(self) -> tuple[DraftStrategy, ...]:
         wanted = checked_strategies(self.strategy_selector, self.drafter_path)
@@ -372,7 +386,9 @@ class SGLangEngine:
                 take_back(selector, responses.report)
             return call.rollouts(responses, model, self.policy_version)
 
-        asked = running.process.gather_requests(requests, call.options())
+        asked = running.process.gather_requests(
+            requests, call.options(seeds_tokens=self._options.deterministic)
+        )
         responses = generate_under(
             self._deciding(selector, running),
             asked,

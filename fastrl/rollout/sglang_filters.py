@@ -18,6 +18,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from fastrl.rollout.sampling import RowSampling, exclude_tokens_
 from fastrl.rollout.sglang_hooks import hook_in
 from fastrl.types import SamplingParams
@@ -126,6 +128,15 @@ def _without_filters(info: Any) -> Any:
     return view
 
 
+def below_largest_hash(hash_RV: Tensor, *_: Any) -> Tensor:
+    """After SGLang hashes seed, position and token to 32 bits, from which its Gumbel noise comes.
+
+    Before 0.5.21 the largest hash makes infinite noise: that token is drawn whatever its
+    probability is, or NaN of one that has none. (Later versions bound the noise likewise.)
+    """
+    return hash_RV.long().clamp_(max=2**32 - 2)
+
+
 def filter_as_we_do() -> None:
     """Have it done in every scheduler that this process starts; a plugin of SGLang's calls it."""
     row_filter = RowFilter()
@@ -134,6 +145,7 @@ def filter_as_we_do() -> None:
         row_filter.note_requests,
         "after",
     )
+    hook_in("sglang.srt.layers.sampler.murmur_hash32", below_largest_hash, "after")
     hook_in("sglang.srt.layers.sampler.Sampler.forward", row_filter.around_sampler, "around")
     hook_in(
         "sglang.srt.speculative.eagle_utils.eagle_sample", row_filter.around_verification, "around"

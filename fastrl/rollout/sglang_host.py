@@ -87,6 +87,7 @@ class EngineHost:
         prompts: Sequence[Sequence[int]],
         sampling: Sequence[Mapping[str, Any]],
         return_hidden_states: bool,
+        generator_seed: int | None,
         selector: StrategySelector | None,
     ) -> tuple[list[RawResponse], SessionReport | None]:
         """One response a prompt; with a selector, which chooses each step's strategy, what the
@@ -97,6 +98,8 @@ class EngineHost:
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
+        if generator_seed is not None:
+            self._ask("seed_generators", seed=generator_seed)
         if selector is not None:
             self._ask("begin", selector=selector, rehearsal=None)
         keys = [f"{time.monotonic_ns()}-{number}" for number in range(len(prompts))]

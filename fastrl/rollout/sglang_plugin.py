@@ -30,9 +30,18 @@ ALGORITHM = "FASTRL"
 ALGORITHM_3 = "FASTRL3"
 RPC_PREFIX = "fastrl_"
 
+
+def _seed_generators(scheduler: Any, seed: int) -> None:
+    """Those that tokens are drawn with where none has a seed of its own."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
 _ASKED_OF_ANY_WORKER: dict[str, Callable[..., Any]] = {
     "refresh_draft_head": refresh_draft_head,
     "draft_head_difference": draft_head_difference,
+    "seed_generators": _seed_generators,
     "hooks_not_in_force": lambda scheduler: not_in_force(),
 }
 """By method; of SGLang's own workers too."""

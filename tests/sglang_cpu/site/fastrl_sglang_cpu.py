@@ -13,6 +13,7 @@ def activate():
     _verify_by_sampling()
     _allow_seeded_sampling()
     _stay_stock()
+    _lose_a_hook()
     _report_embeddings()
     _lose_memory()
     torch.cuda.synchronize = lambda device=None: None  # its checksums wait for a GPU
@@ -48,6 +49,14 @@ def _stay_stock():
         from fastrl.rollout.sglang_plugin import answer_requests
 
         answer_requests()
+
+
+def _lose_a_hook():
+    """For the test of hooks: SGLang takes that function for one it has been through."""
+    if "FASTRL_TEST_LOST_HOOK" in os.environ:
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        HookRegistry._patched.add(os.environ["FASTRL_TEST_LOST_HOOK"])
 
 
 def _report_embeddings():
