@@ -1,4 +1,4 @@
-"""Warm up an EAGLE or EAGLE-3 drafter for a model, in one command.
+"""Warm up an EAGLE or EAGLE-3 drafter for a model, the former also by HASS, in one command.
 
 A short cut to `fastrl fit --config configs/warmup_eagle.yaml`: it fills in what changes with the
 model and the data, and hands everything after `--` on to that command. Leaves out everything else,
@@ -34,8 +34,9 @@ class Recipe:
     output: Path
     """Folder to write the drafter to, which must hold none yet; logs, checkpoints and cached
     features go beside it, into a folder of its name and `_warmup`."""
-    kind: Literal["eagle", "eagle3"] = "eagle"
-    """Of drafter, and so the configuration: warmup_eagle.yaml or warmup_eagle3.yaml."""
+    kind: Literal["eagle", "hass", "eagle3"] = "eagle"
+    """Of drafter, and so the configuration: warmup_eagle.yaml, warmup_hass.yaml (an EAGLE drafter,
+    trained for several depths of a draft and for the most likely tokens), or warmup_eagle3.yaml."""
     drafter_path: str | None = None
     """Drafter to start from; null: a new one."""
     draft_vocab_size: int | None = None

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from warmup_eagle import parse, run
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.loss import LossSettings
 from tests.warmup_runs import POLICY, write_responses
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,24 @@ def test_given_responses_warm_a_drafter_up_and_a_run_goes_on(
     shown = capsys.readouterr().out
     assert "warm-up step 4/" not in shown
     assert "warm-up step 6/6" in shown
+
+
+def test_hass_trains_an_eagle_drafter_by_its_own_loss(tmp_path: Path) -> None:
+    recipe, _ = parse(["--base_model_path", POLICY, "--output", str(tmp_path), "--kind", "hass"])
+    shared, own = (
+        yaml.safe_load((ROOT / "configs" / f"warmup_{kind}.yaml").read_text())["model"]["init_args"]
+        for kind in ("eagle", recipe.kind)
+    )
+    assert "kind" not in own
+    assert {**own, "loss": None, "output": None} == {**shared, "loss": None, "output": None}
+    settings = LossSettings(**own["loss"])
+    assert (settings.num_depths, settings.top_k, settings.detaches_depths) == (3, 10, True)
+    # Of cross-entropy, SmoothL1 and top-k, as HASS's train/main_hass.py has them.
+    assert (settings.hidden_weight, settings.top_k_weight) == (1.0 / 0.1, 1.0 / 0.1)
+    data = write_responses(tmp_path)
+    keys = ("--data_path", str(data), "--response_key", "response")
+    warm_up(tmp_path, *keys, "--num_steps", "2", "--kind", "hass", "--draft_vocab_size", "20")
+    assert EagleDrafter.from_pretrained(tmp_path / "drafter").num_drafted == 20
 
 
 def test_without_responses_the_model_generates_them(tmp_path: Path) -> None:

@@ -2,19 +2,22 @@
 distributions, at each depth of the chains it is trained along (chain.py). An EAGLE-3 drafter has
 the latter alone.
 
-    loss at a depth = cross_entropy + hidden_loss_weight * smooth_l1
-    loss            = mean over depths d = 1 … num_depths, weighted by DEPTH_DECAY ** (d - 1)
+    loss at a depth = cross_entropy + hidden_loss_weight * smooth_l1 + top_k_weight * top_k_loss
+    loss            = mean over depths d = 1 … num_depths, weighted by depth_decay ** (d - 1)
 
 Those of a depth are means over the chains that reach it (SmoothL1 also over hidden dimensions), at
 depth 1 the pairs of the loss mask, so none depends on how sequences were packed. The cross-entropy
 is against the target's whole distribution (soft labels), without temperature or filters, in
 float32. Of a drafter with a vocabulary of its own, tokens that it cannot draft are left out of the
 sum, the rest keeping their target probabilities, so that a place counts as much as can be drafted
-there. Embedding and LM head of the target are constants here: they get no gradient.
+there. The top-k loss, if any, is the part of the cross-entropy that the target's most likely tokens
+have in that sum, so that these count more. Embedding and LM head of the target are constants here:
+they get no gradient.
 
 Sources: for one depth EAGLE (Li et al., 2024, arXiv 2401.15077), section 4.2, which weighs
 cross-entropy 0.1 to SmoothL1 1; for several HASS (arXiv 2408.15766) and EAGLE-3 (arXiv 2503.01840),
-the decay being that of EAGLE-3's code. Leaves out how the distributions' part is computed
+the decay being that of EAGLE-3's code; top-k loss and detached depths are HASS's (all its settings:
+configs/warmup_hass.yaml). Leaves out how the distributions' part is computed
 (distribution_loss.py). Shape legend: fastrl/types.py; M counts chains.
 """
 
@@ -48,6 +51,16 @@ class LossSettings:
     hidden_weight: float = 10.0
     """Of SmoothL1 on hidden states, against 1 for cross-entropy; drafts feed the drafter its own
     hidden states, so a low weight costs accept length deep in a tree. EAGLE-3 has no such part."""
+    top_k: int = 0
+    """The target's most likely tokens that count more in the cross-entropy; 0: none does. HASS has
+    10."""
+    top_k_weight: float = 10.0
+    """Of these tokens' part of the cross-entropy, against 1 for the whole; 10 is HASS's ratio."""
+    depth_decay: float = DEPTH_DECAY
+    """Weight of a depth against the one before; EAGLE-3 has 0.8, HASS 1."""
+    detaches_depths: bool = False
+    """Whether a depth is learned with what the drafter produced before it held constant, as in
+    HASS; else gradients flow through all depths, as in EAGLE-3."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -56,6 +69,17 @@ class LossSettings:
                 0 <= self.hidden_weight < math.inf,
                 "hidden_weight must be >= 0 and finite",
                 self.hidden_weight,
+            ),
+            (self.top_k >= 0, "top_k must be >= 0 (0: no top-k loss)", self.top_k),
+            (
+                0 < self.top_k_weight < math.inf,
+                "top_k_weight must be > 0 and finite (for no top-k loss set top_k to 0)",
+                self.top_k_weight,
+            ),
+            (
+                0 < self.depth_decay < math.inf,
+                "depth_decay must be > 0 and finite",
+                self.depth_decay,
             ),
         )
         for is_valid, expectation, given in checks:
@@ -82,6 +106,10 @@ def eagle_loss(
     *,
     hidden_loss_weight: float,
     num_depths: int = 1,
+    top_k: int = 0,
+    top_k_weight: float = 10.0,
+    depth_decay: float = DEPTH_DECAY,
+    detaches_depths: bool = False,
     max_chunk_logits: int | None = None,
 ) -> EagleLoss:
     """Loss of the drafter's predictions over one packed row, folded or not.
@@ -93,21 +121,32 @@ def eagle_loss(
         packed: at least one pair in its loss mask; hidden states of the drafter's dtype.
         hidden_loss_weight: of SmoothL1 against cross-entropy.
         num_depths: of the chains; depths that none reaches are left out of the mean.
+        top_k, top_k_weight, depth_decay, detaches_depths: as in `LossSettings`.
         max_chunk_logits: places × vocabulary held in memory at a time; None: as suits the device.
 
     Raises:
         ValueError: the loss mask is empty, so that the means have no denominator.
     """
-    depths = list(chain_depths(drafter, embedding_VD, packed, max_depth=num_depths))
+    depths = list(
+        chain_depths(
+            drafter,
+            embedding_VD,
+            packed,
+            max_depth=num_depths,
+            detaches_depths=detaches_depths,
+        )
+    )
     if not depths:
         raise ValueError("the packed row has no response token to predict: pack other sequences")
-    shares = [DEPTH_DECAY**index for index in range(len(depths))]
+    shares = [depth_decay**index for index in range(len(depths))]
     shares = [share / sum(shares) for share in shares]
     distributions = distribution_loss(
         drafter,
         depths,
         lm_head_VD,
         weights=[share / len(chains) for share, chains in zip(shares, depths, strict=True)],
+        top_k=top_k,
+        top_k_weight=top_k_weight,
         max_chunk_logits=max_chunk_logits,
     )
     loss, hidden = distributions.loss, distributions.loss.new_zeros(())

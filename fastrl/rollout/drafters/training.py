@@ -51,7 +51,7 @@ def row_loss(
         drafter: under training.
         target: whose hidden states are packed.
         packed: at least one pair in its loss mask; folded or not.
-        settings: depths, and the weight of hidden states.
+        settings: depths, and what counts how much.
     """
     parameter = next(drafter.parameters())
     embedding_VD, lm_head_VD = shared_weights(target)
@@ -62,6 +62,10 @@ def row_loss(
         packed.to(parameter.device, parameter.dtype),
         hidden_loss_weight=settings.hidden_weight,
         num_depths=settings.num_depths,
+        top_k=settings.top_k,
+        top_k_weight=settings.top_k_weight,
+        depth_decay=settings.depth_decay,
+        detaches_depths=settings.detaches_depths,
     )
 
 

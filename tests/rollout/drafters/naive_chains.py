@@ -10,12 +10,18 @@ from fastrl.types import SequenceFeatures
 
 
 def naive_chains(
-    drafter: EagleDrafter, embedding_VD: Tensor, sequences: list[SequenceFeatures], depth: int
+    drafter: EagleDrafter,
+    embedding_VD: Tensor,
+    sequences: list[SequenceFeatures],
+    depth: int,
+    *,
+    is_detached: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """Hidden states, [D] each, predicted and true, of all chains that reach a depth, in order.
 
     The drafter runs afresh for each token, over the sequence's true hidden states up to the chain's
-    start and what the chain has produced since, with nothing but plain causal attention.
+    start and what the chain has produced since, with nothing but plain causal attention. Detached,
+    what it has produced is a constant where it is read.
     """
     chains = []
     for features in sequences:
@@ -29,6 +35,6 @@ def naive_chains(
                     torch.stack(inputs)[None],
                     torch.arange(token - 1)[None],
                 )[0, -1]
-                inputs.append(output)
+                inputs.append(output.detach() if is_detached else output)
             chains.append((output, hidden[first + depth - 2]))
     return chains

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -166,6 +167,83 @@ def in_float64(
     return copy.deepcopy(drafter).double(), embedding_VD, lm_head_VD
 
 
+def naive_hass_loss(
+    drafter: EagleDrafter,
+    embedding_VD: Tensor,
+    lm_head_VD: Tensor,
+    sequences: list[SequenceFeatures],
+    tokens: Sequence[int],
+) -> Tensor:
+    """As HASS's code has it: vloss + 0.1 * ploss + 1.0 * topk_loss at each of three steps."""
+    steps = []
+    for depth in (1, 2, 3):
+        losses = []
+        for predicted, target in naive_chains(
+            drafter, embedding_VD, sequences, depth, is_detached=True
+        ):
+            distance = (predicted - target).abs()
+            vloss = torch.where(distance < 1, distance**2 / 2, distance - 0.5).mean()
+            target_V = (lm_head_VD @ target).softmax(0)
+            logits = {token: lm_head_VD[token] @ predicted for token in tokens}
+            normalizer = torch.stack([logit.exp() for logit in logits.values()]).sum().log()
+            terms = {token: -target_V[token] * (logits[token] - normalizer) for token in tokens}
+            top = sorted(range(VOCAB_SIZE), key=lambda token: -float(target_V[token]))[:4]
+            topk_loss = sum(terms[token] for token in top if token in terms)
+            losses.append(vloss + 0.1 * sum(terms.values()) + 1.0 * topk_loss)
+        steps.append(sum(losses) / len(losses))
+    return sum(steps) / len(steps)
+
+
+@pytest.mark.parametrize("tokens", [tuple(range(VOCAB_SIZE)), (1, 2, 4, 6, 9)])
+@pytest.mark.parametrize("max_chunk_logits", [2**24, 3 * VOCAB_SIZE])
+def test_hass_loss_and_gradients_equal_a_step_by_step_reference(
+    drafter: EagleDrafter,
+    shared_weights: tuple[Tensor, Tensor],
+    sequences: list[SequenceFeatures],
+    max_chunk_logits: int,
+    tokens: tuple[int, ...],
+) -> None:
+    """In float64, up to the factor 10 between the two ways to write the weights."""
+    drafter, embedding_VD, lm_head_VD = in_float64(drafter, shared_weights)
+    if len(tokens) < VOCAB_SIZE:
+        drafter.trim_vocabulary(tokens)
+    sequences = [dataclasses.replace(f, hidden_TD=f.hidden_TD.double()) for f in sequences]
+    expected = 10 * naive_hass_loss(drafter, embedding_VD, lm_head_VD, sequences, tokens)
+    expected_gradients = gradients(drafter, expected)
+    result = eagle_loss(
+        drafter,
+        embedding_VD,
+        lm_head_VD,
+        fold_segments(pack_sequences(sequences, max_pairs=1000)),
+        hidden_loss_weight=10.0,
+        num_depths=3,
+        top_k=4,
+        top_k_weight=10.0,
+        depth_decay=1.0,
+        detaches_depths=True,
+        max_chunk_logits=max_chunk_logits,
+    )
+    torch.testing.assert_close(result.loss, expected, rtol=1e-6, atol=0)
+    for name, gradient in gradients(drafter, result.loss).items():
+        tolerance = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=tolerance)
+
+
+def test_more_likely_tokens_than_there_are_count_as_all(
+    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor], sequences: list[SequenceFeatures]
+) -> None:
+    """Three times the cross-entropy, and the same figures."""
+    packed = pack_sequences(sequences, max_pairs=1000)
+    once, thrice = (
+        eagle_loss(
+            drafter, *shared_weights, packed, hidden_loss_weight=0.0, top_k=top_k, top_k_weight=2.0
+        )
+        for top_k in (0, VOCAB_SIZE + 5)
+    )
+    torch.testing.assert_close(thrice.loss, 3 * once.loss)
+    assert torch.equal(thrice.cross_entropy, once.cross_entropy)
+
+
 def test_the_parts_are_those_of_depth_1_however_many_are_trained(
     drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor], sequences: list[SequenceFeatures]
 ) -> None:
@@ -191,6 +269,9 @@ def test_depths_that_no_chain_reaches_do_not_count(
         ({"num_depths": 0}, "num_depths must be >= 1, got 0"),
         ({"hidden_weight": -0.1}, "hidden_weight must be >= 0 and finite, got -0.1"),
         ({"hidden_weight": math.inf}, "hidden_weight must be >= 0 and finite, got inf"),
+        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"top_k_weight": 0.0}, "set top_k to 0"),
+        ({"depth_decay": 0.0}, "depth_decay must be > 0 and finite, got 0.0"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
