@@ -1,8 +1,9 @@
-"""Write an EAGLE drafter in the layout that stock SGLang loads: a published one, or one of a run.
+"""Write a drafter in the layout that stock SGLang loads: a published one, or one of a run.
 
-Reads the layouts of SafeAILab/EAGLE and SGLang (fastrl/rollout/drafters/checkpoints.py). With a
-checkpoint of a run, its co-trained weights take the place of the folder's. Weights keep their
-values as float32, and in the dtype they were published in. Leaves out EAGLE-3.
+Reads EAGLE and EAGLE-3 drafters in the layouts of SafeAILab/EAGLE and SGLang
+(fastrl/rollout/drafters/checkpoints.py), trimmed ones with their vocabulary. With a checkpoint of
+a run, its co-trained weights take the place of the folder's. Weights keep their values as float32,
+and in the dtype they were published in. Leaves out training.
 
     python scripts/export_drafter.py --drafter runs/drafters/smollm2 --ckpt CKPT --output exported
 """

@@ -1,4 +1,4 @@
-"""Folders of EAGLE drafters: reads the layouts they are published in, writes the one SGLang loads.
+"""Folders of drafters: reads the layouts they are published in, writes the one SGLang loads.
 
 - SafeAILab/EAGLE: `pytorch_model.bin` with `fc`, one Llama layer `layers.0` without an input norm,
   and copies of the target's embedding; the config names `LlamaForCausalLM` or nothing, and may say
@@ -8,9 +8,11 @@
   bias, random where the file has none, takes `bias` for one of the attention, and fails on
   `tie_word_embeddings`, having the target's embedding and head take the place of both.
 
-Which of them a folder has is told by its content: weights by name and shape, not file names. What
-is read is what both mean; weights keep their bits. Leaves out EAGLE-3, drafters of several layers
-or with biases in the attention, and files in several parts: errors name them.
+Which of them a folder has is told by its content: weights by name and shape, not file names; so is
+an EAGLE-3 drafter, which SafeAILab publishes as `LlamaForCausalLM` too. What is read is what both
+mean; weights keep their bits. Leaves out what an EAGLE-3 drafter's weights are (eagle3.py), and
+drafters of several layers or with biases in the attention, and files in several parts: errors name
+them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle"
-_READ = {ARCHITECTURE, "LlamaForCausalLM"}
+EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
+_COMMON_ARCHITECTURE = "LlamaForCausalLM"
+_READ = {ARCHITECTURE, _COMMON_ARCHITECTURE}
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 _SHARED_WITH_TARGET = ("embed_tokens", "lm_head")
 _ROTARY_TABLE = "rotary_emb.inv_freq"
@@ -78,14 +83,41 @@ def read_checkpoint(folder: str | Path) -> DrafterCheckpoint:
     return DrafterCheckpoint(config=LlamaConfig.from_dict(settings), weights=weights)
 
 
+def is_eagle3_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder holds an EAGLE-3 drafter, by its architecture or, where that is one of other
+    models too or missing, by its weights."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        return False
+    architectures = read_settings(folder).get("architectures")
+    if architectures in (None, [], [_COMMON_ARCHITECTURE]):
+        return eagle3_sign(_weight_shapes(_weights_file(folder))) is not None
+    return bool(architectures == [EAGLE3_ARCHITECTURE])
+
+
 def check_sglang_reads(folder: str | Path) -> None:
     """Raise ValueError where SGLang would make something else of a drafter's folder than we do."""
     folder = Path(folder)
-    settings, file = _read_config(folder), _weights_file(folder)
-    names = list(_read_weights(file))
+    is_eagle3 = is_eagle3_checkpoint(folder)
+    settings = read_settings(folder) if is_eagle3 else _read_config(folder)
+    faults = (
+        [] if is_eagle3 else _eagle_faults(settings, list(_read_weights(_weights_file(folder))))
+    )
+    architecture = EAGLE3_ARCHITECTURE if is_eagle3 else ARCHITECTURE
+    if settings.get("architectures") != [architecture]:
+        faults.insert(
+            0, f"architectures {settings.get('architectures')} instead of {[architecture]}"
+        )
+    if faults:
+        raise ValueError(
+            f"drafter checkpoint {folder} is not in the layout that SGLang loads: it has "
+            f"{'; '.join(faults)}. Write it anew, and give the new folder: python "
+            f"scripts/export_drafter.py --drafter {folder} --output FOLDER"
+        )
+
+
+def _eagle_faults(settings: Mapping[str, Any], names: Collection[str]) -> list[str]:
     faults = []
-    if settings.get("architectures") != [ARCHITECTURE]:
-        faults.append(f"architectures {settings.get('architectures')} instead of {[ARCHITECTURE]}")
     if any(name.startswith("model.") for name in names):
         faults.append("names that start with 'model.'")
     if not any(name.endswith("fc.bias") for name in names):
@@ -94,12 +126,7 @@ def check_sglang_reads(folder: str | Path) -> None:
         faults.append("'bias' in config.json, which SGLang takes for the attention's")
     if settings.get("tie_word_embeddings"):
         faults.append("'tie_word_embeddings' in config.json, on which SGLang fails")
-    if faults:
-        raise ValueError(
-            f"drafter checkpoint {folder} is not in the layout that SGLang loads: it has "
-            f"{'; '.join(faults)}. Write it anew, and give the new folder: python "
-            f"scripts/export_drafter.py --drafter {folder} --output FOLDER"
-        )
+    return faults
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -153,18 +180,38 @@ def _read_weights(file: Path, is_read: Callable[[str], bool] | None = None) -> d
     """All but copies of the target's embedding and LM head, which are most of a file; or those of
     the names that are to be read."""
     is_read = is_read or _is_own
-    try:
+    with _reading(file):
         if file.name == _SAFETENSORS:
             with safe_open(file, framework="pt") as tensors:
                 names = filter(is_read, tensors.keys())
                 return {name: tensors.get_tensor(name) for name in names}
         given = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be read as weights ({reason}): is it complete?") from error
     if not isinstance(given, Mapping) or not all(isinstance(t, Tensor) for t in given.values()):
         raise ValueError(f"{file} holds {type(given).__name__}, expected tensors by name")
     return {name: tensor for name, tensor in given.items() if is_read(name)}
+
+
+def _weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """By name, without the numbers."""
+    with _reading(file):
+        if file.name == _SAFETENSORS:
+            with safe_open(file, framework="pt") as tensors:
+                names = list(tensors.keys())
+                return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+        given = torch.load(file, map_location="meta", weights_only=True)
+    if not isinstance(given, Mapping):
+        return {}
+    return {name: tuple(t.shape) for name, t in given.items() if isinstance(t, Tensor)}
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raise ValueError for a file that is broken."""
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} cannot be read as weights ({reason}): is it complete?") from error
 
 
 def _unprefixed(given: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -198,10 +245,21 @@ def check_architecture(architectures: Collection[str] | None, source: str) -> No
         )
 
 
-def _check_names(weights: Collection[str], source: str) -> None:
+def eagle3_sign(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What shows that weights are an EAGLE-3 drafter's; None for others."""
+    names = {name.removeprefix("model."): shape for name, shape in shapes.items()}
+    if any(name in ("d2t", "t2d") or name.startswith("midlayer.") for name in names):
+        return "weights of its own kind: d2t, t2d or midlayer"
+    shape = names.get("fc.weight", ())
+    if len(shape) == 2 and shape[1] == 3 * shape[0]:
+        return f"fc.weight {shape} over three hidden states"
+    return None
+
+
+def _check_names(weights: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError for weights of another kind of model."""
-    if any(name in ("d2t", "t2d") or name.startswith("midlayer.") for name in weights):
-        raise _is_eagle3(source, "weights of its own kind: d2t, t2d or midlayer")
+    if sign := eagle3_sign({name: tuple(tensor.shape) for name, tensor in weights.items()}):
+        raise _is_eagle3(source, sign)
     if "fc.weight" not in weights:
         raise ValueError(
             f"drafter checkpoint {source} has no fc.weight, which joins embeddings and hidden "
@@ -224,8 +282,6 @@ def _check_names(weights: Collection[str], source: str) -> None:
 def _check_fc(fc_weight: Tensor, hidden_size: int | None, source: str) -> None:
     """Raise ValueError unless it joins one embedding and one hidden state."""
     shape = tuple(fc_weight.shape)
-    if len(shape) == 2 and shape[1] == 3 * shape[0]:
-        raise _is_eagle3(source, f"fc.weight {shape} over three hidden states")
     if len(shape) != 2 or shape[1] != 2 * shape[0] or shape[0] != hidden_size:
         raise ValueError(
             f"drafter checkpoint {source} has fc.weight of shape {shape} and hidden_size "

@@ -12,7 +12,8 @@ over a vocabulary of its own, in general of fewer tokens.
     logits of token t+2 = lm_head(norm(output))
 
 Source: EAGLE-3 (Li et al., 2025, arXiv 2503.01840), in the layout that SGLang and SpecForge share
-(`LlamaForCausalLMEagle3`): `midlayer`, `fc`, `norm`, `lm_head`, `d2t` and `t2d`. Leaves out its
+(`LlamaForCausalLMEagle3`): `midlayer`, `fc`, `norm`, `lm_head`, `d2t` and `t2d`; SafeAILab's is the
+same under another architecture. Leaves out its
 variants with normalized features, several layers, and the loss. Shape legend: fastrl/types.py; F
 tokens of the draft vocabulary, S width of the target's states.
 """
@@ -29,7 +30,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from fastrl.rollout.drafters.checkpoints import read_settings, read_tensors
+from fastrl.rollout.drafters.checkpoints import (
+    EAGLE3_ARCHITECTURE,
+    is_eagle3_checkpoint,
+    read_settings,
+    read_tensors,
+)
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.vocabulary import checked_token_map
 
@@ -60,7 +66,7 @@ class Eagle3Drafter(EagleDrafter):
             `eagle_config`.
     """
 
-    ARCHITECTURE: ClassVar[str] = "LlamaForCausalLMEagle3"
+    ARCHITECTURE: ClassVar[str] = EAGLE3_ARCHITECTURE
     PREDICTS_HIDDEN: ClassVar[bool] = False
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -233,10 +239,11 @@ class Eagle3Drafter(EagleDrafter):
     def from_pretrained(cls, folder: str | Path, target: PretrainedConfig | None = None) -> Self:
         """Load a checkpoint; with `target`, check that it fits. See `EagleDrafter`."""
         settings, tensors = read_settings(Path(folder)), read_tensors(Path(folder))
-        if settings.get("architectures") != [cls.ARCHITECTURE]:
+        if not is_eagle3_checkpoint(folder):
             raise ValueError(
-                f"drafter checkpoint {folder} has architectures {settings.get('architectures')}, "
-                f"expected ['{cls.ARCHITECTURE}']: is it an EAGLE-3 drafter?"
+                f"drafter checkpoint {folder} has architectures {settings.get('architectures')} "
+                f"and {', '.join(sorted(tensors)[:3])} among its weights, expected "
+                f"['{cls.ARCHITECTURE}'], or d2t, t2d and midlayer: is it an EAGLE-3 drafter?"
             )
         drafter = cls(LlamaConfig.from_dict(_completed(settings, target)))
         if target is not None:

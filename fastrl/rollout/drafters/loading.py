@@ -1,22 +1,19 @@
-"""Drafter checkpoints of any kind, told apart by their architecture."""
+"""Drafter checkpoints of any kind, told apart by architecture and weights (checkpoints.py)."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from fastrl.rollout.drafters.checkpoints import is_eagle3_checkpoint
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
 
 
 def is_eagle3(folder: str | Path) -> bool:
-    """Whether a checkpoint, by its configuration, is an EAGLE-3 drafter."""
-    config = Path(folder) / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("architectures") == [
-        Eagle3Drafter.ARCHITECTURE
-    ]
+    """Whether a checkpoint is an EAGLE-3 drafter."""
+    return is_eagle3_checkpoint(folder)
 
 
 def load_drafter(folder: str | Path, target: PretrainedConfig | None = None) -> EagleDrafter:

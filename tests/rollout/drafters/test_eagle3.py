@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from fastrl.rollout.drafters.agreement import agreement_by_depth
+from fastrl.rollout.drafters.checkpoints import check_sglang_reads
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.eagle3 import Eagle3Drafter, default_feature_layers
-from fastrl.rollout.drafters.loading import load_drafter
+from fastrl.rollout.drafters.loading import is_eagle3, load_drafter
 from fastrl.rollout.drafters.loss import eagle_loss
 from fastrl.rollout.drafters.packing import fold_segments, pack_sequences
 from fastrl.types import SequenceFeatures
@@ -273,6 +274,68 @@ def test_published_names_and_what_the_target_lends_are_read(drafter, tmp_path):
         assert torch.equal(ours, theirs), name
     with pytest.raises(ValueError, match="which layers of the target it reads"):
         load_drafter(tmp_path)
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], None])
+def test_safeailabs_layout_is_told_by_its_weights(drafter, tmp_path, architectures):
+    """As eagle/traineagle3 writes it: float16 in one .bin, the layers that are read left unsaid,
+    no lists of tokens where all are drafted."""
+    drafter = copy.deepcopy(drafter).half()
+    tensors = drafter._checkpoint_tensors()
+    if drafter.token_map_F is None:
+        tensors = {name: t for name, t in tensors.items() if name not in ("d2t", "t2d")}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    settings = SAFEAILAB | {"draft_vocab_size": drafter.num_drafted}
+    if architectures is not None:
+        settings |= {"architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    target = LlamaConfig(**(TARGET.to_dict() | {"num_hidden_layers": 8}))
+    loaded = load_drafter(tmp_path, target)
+    assert isinstance(loaded, Eagle3Drafter)
+    assert loaded.feature_layers == (2, 4, 5)  # idx 2, len // 2 and len - 3 of its model
+    assert loaded.num_drafted == drafter.num_drafted
+    for name, weight in loaded.named_weights():
+        assert torch.equal(weight.half(), tensors[name]), name
+    with pytest.raises(ValueError, match="is an EAGLE-3 drafter"):
+        EagleDrafter.from_pretrained(tmp_path, target)
+    with pytest.raises(ValueError, match=r"export_drafter\.py --drafter"):
+        check_sglang_reads(tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    check_sglang_reads(tmp_path / "again")
+
+
+SAFEAILAB = {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "hidden_size": SIZE,
+    "initializer_range": 0.02,
+    "intermediate_size": TARGET.intermediate_size,
+    "max_position_embeddings": 2048,
+    "model_type": "llama",
+    "num_attention_heads": TARGET.num_attention_heads,
+    "num_key_value_heads": TARGET.num_key_value_heads,
+    "num_hidden_layers": 1,
+    "pad_token_id": 0,
+    "rms_norm_eps": TARGET.rms_norm_eps,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.28.1",
+    "use_cache": True,
+    "vocab_size": VOCAB_SIZE,
+}
+"""eagle/traineagle3/config.json, of this target's dimensions."""
+
+
+def test_an_eagle_drafter_is_no_eagle_3_drafter(tmp_path):
+    EagleDrafter.for_target(TARGET, seed=0).save_pretrained(tmp_path)
+    for architectures in (["LlamaForCausalLMEagle"], ["LlamaForCausalLM"]):
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["architectures"] = architectures
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert not is_eagle3(tmp_path)
+        with pytest.raises(ValueError, match="is it an EAGLE-3 drafter"):
+            Eagle3Drafter.from_pretrained(tmp_path)
 
 
 def reading(layer_ids, **more):
