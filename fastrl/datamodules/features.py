@@ -15,6 +15,7 @@ target's forward and packing (fastrl/rollout/drafters).
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from fastrl.rollout.drafters.packing import (
     PackedFeatures,
     fold_segments,
     num_loss_pairs,
+    num_pairs,
     pack_sequences,
 )
 from fastrl.rollout.drafters.target_features import sequence_features
@@ -47,6 +49,8 @@ from fastrl.types import Prompt, SamplingParams, SequenceFeatures, TokenSequence
 TOKENS_PER_FORWARD = 4096
 """Of the target, padding included. Not `tokens_per_step`, so that this may change and the cache
 stand."""
+_log = logging.getLogger(__name__)
+
 COUNTED_TOKENS = 2**18
 """Of responses, over all ranks, by which a draft vocabulary is chosen."""
 _TRAIN, _HELD_OUT = "train", "held_out"
@@ -155,6 +159,7 @@ class FeatureDataModule(pl.LightningDataModule):
         self._cursor = PromptCursor()
         self._ahead: ReadAhead[_Row] | None = None
         self._is_started = False
+        self._said_cut = False
 
     # ---------------------------------------------------------------- prompts and shards
 
@@ -253,6 +258,7 @@ class FeatureDataModule(pl.LightningDataModule):
                 if features is None:
                     return None
                 self._held = (name, features)
+                self._note_cut(name, features)
             sequences = [self._held[1][index] for index in members]
             num_taken = row_length(sequences, self.tokens_per_step)
             position += num_taken
@@ -262,6 +268,24 @@ class FeatureDataModule(pl.LightningDataModule):
         raise ValueError(
             "none of the training prompts has a response of any token to learn from; look at "
             "data.prompts, and at data.sampling.max_tokens"
+        )
+
+    def _note_cut(self, name: str, features: Sequence[SequenceFeatures]) -> None:
+        """Say once that sequences are longer than a row, which are cut to their ends."""
+        longest = max(map(num_pairs, features))
+        if self._said_cut or longest <= self.tokens_per_step:
+            return
+        self._said_cut = True
+        num_cut = sum(num_pairs(one) > self.tokens_per_step for one in features)
+        _log.warning(
+            "%d of %d sequences of shard %s are longer than a row and are cut to their latest %d "
+            "pairs, of at most %d: raise data.tokens_per_step to train on all of them; "
+            "warmup/num_cut counts them from here on",
+            num_cut,
+            len(features),
+            name,
+            self.tokens_per_step,
+            longest,
         )
 
     def _held_out_rows(self, shard: int) -> list[PackedFeatures]:

@@ -261,10 +261,11 @@ class DrafterModule(LightningModule):
         self._log_step(batch, losses | {"grad_norm": grad_norm.item(), "lr": float(lr)})
 
     def _log_step(self, batch: PackedFeatures, values: dict[str, float]) -> None:
-        num_pairs = float(batch.loss_mask_BT.sum())
-        scalars = {f"warmup/{name}": value for name, value in values.items()}
+        counts = {"num_pairs": batch.loss_mask_BT.sum(), "num_cut": batch.num_cut}
+        values |= dict(zip(counts, torch.stack(list(counts.values())).tolist(), strict=True))
+        scalars = {f"warmup/{name}": float(value) for name, value in values.items()}
         self.log_dict(
-            {"step": float(self.rl_step), "warmup/num_pairs": num_pairs, **scalars},
+            {"step": float(self.rl_step), **scalars},
             on_step=True,
             on_epoch=False,
             batch_size=1,

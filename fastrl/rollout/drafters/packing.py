@@ -39,6 +39,11 @@ class PackedFeatures:
     segment_BT: Tensor  # int64: 0, 1, …, one number a sequence; -1: padding of a folded row
     loss_mask_BT: Tensor  # bool: predicts the distribution of a response token
 
+    @property
+    def num_cut(self) -> Tensor:
+        """Sequences of which the row has not all pairs, int64: each of these fills a row."""
+        return (self.position_ids_BT[:, 0] > 0).sum()
+
     def __len__(self) -> int:
         return self.next_tokens_BT.shape[1]
 

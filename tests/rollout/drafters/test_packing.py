@@ -214,3 +214,9 @@ def test_targets_may_be_kept_narrower_than_what_is_read() -> None:
     assert whole.target_hidden_BTD.shape[-1] == HIDDEN_SIZE > 1
     assert torch.equal(narrow.target_hidden_BTD, whole.target_hidden_BTD[..., :1])
     assert torch.equal(narrow.hidden_BTD, whole.hidden_BTD)
+
+
+def test_what_was_cut_is_counted() -> None:
+    for sizes, num_cut in (((10, 4), 1), ((4, 10), 0), ((6,), 0), ((7,), 1)):
+        packed = pack_sequences([sequence(size, 2) for size in sizes], max_pairs=4)
+        assert int(packed.num_cut) == int(fold_segments(packed).num_cut) == num_cut
