@@ -114,11 +114,14 @@ class FakePolicyModule(LightningModule):
         self.rl_step = 0
         self.policy_version = 0
         self.collect_features = False
+        self.feature_layers: tuple[int, ...] = ()
         self.features: list[SequenceFeatures] = []
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> None:
         output = self.policy(batch.tokens_BT, labels=batch.tokens_BT, output_hidden_states=True)
         if self.collect_features:
+            inputs = [output.hidden_states[layer] for layer in self.feature_layers]
+            states_BTS = torch.cat((output.hidden_states[-1], *inputs), dim=-1)
             self.features = [
                 SequenceFeatures(
                     tokens_T=tokens_T,
@@ -126,9 +129,7 @@ class FakePolicyModule(LightningModule):
                     num_prompt_tokens=3,
                     rl_step=self.rl_step,
                 )
-                for tokens_T, hidden_TD in zip(
-                    batch.tokens_BT, output.hidden_states[-1].detach(), strict=True
-                )
+                for tokens_T, hidden_TD in zip(batch.tokens_BT, states_BTS.detach(), strict=True)
             ]
         optimizer = self.optimizers()
         optimizer.zero_grad()

@@ -5,6 +5,8 @@ The target is the quickstart's policy, or co-training's test policy.
 
 from __future__ import annotations
 
+import functools
+import logging
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from fastrl.callbacks.drafter_training import DrafterTraining
 from fastrl.callbacks.feature_buffer import BufferSettings, FeatureBuffer
@@ -31,6 +33,7 @@ from fastrl.rollout.drafters.target_features import sequence_features
 from fastrl.rollout.drafters.training import LOSS_NAMES
 from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.types import SamplingParams, SequenceFeatures, TokenSequence
+from tests.callbacks import test_drafter_training
 from tests.callbacks.test_drafter_training import CONFIG, FakePolicyModule
 from tests.callbacks.test_drafter_training import fit as fit_with_policy
 from tests.recording_logger import RecordingLogger
@@ -81,10 +84,23 @@ def warmed_up(folder: Path, row: PackedFeatures) -> tuple[DrafterModule, dict[st
     return module, logged
 
 
+DEEPER = LlamaConfig.from_dict(CONFIG.to_dict() | {"num_hidden_layers": 3})
+"""With inner layers, whose inputs EAGLE-3 reads."""
+KINDS = {
+    "eagle": functools.partial(EagleDrafter.for_target, DEEPER),
+    "trimmed eagle": functools.partial(EagleDrafter.for_target, DEEPER, token_ids=range(1, 9)),
+    "eagle3": functools.partial(Eagle3Drafter.for_target, DEEPER),
+    "trimmed eagle3": functools.partial(Eagle3Drafter.for_target, DEEPER, token_ids=range(1, 9)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_warm_up_and_co_training_have_the_same_loss_and_gradients_on_the_same_batch(
-    tmp_path: Path,
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    EagleDrafter.for_target(CONFIG, seed=5).save_pretrained(tmp_path / "start")
+    monkeypatch.setattr(test_drafter_training, "CONFIG", DEEPER)
+    start = KINDS[kind](seed=5)
+    start.save_pretrained(tmp_path / "start")
     FakePolicyModule(0.0).policy.save_pretrained(tmp_path / "policy")
     callback, co_logged, drawn = co_trained(tmp_path)
     assert len(drawn) > 1
@@ -93,10 +109,11 @@ def test_warm_up_and_co_training_have_the_same_loss_and_gradients_on_the_same_ba
         target,
         [TokenSequence(tokens_T=f.tokens_T, num_prompt_tokens=f.num_prompt_tokens) for f in drawn],
         max_tokens=1000,
+        layers=start.feature_layers,
     )
     for ours, theirs in zip(features, drawn, strict=True):
         torch.testing.assert_close(ours.hidden_TD, theirs.hidden_TD)
-    row = fold_segments(pack_sequences(drawn, TOKENS_PER_STEP))
+    row = fold_segments(pack_sequences(drawn, TOKENS_PER_STEP, CONFIG.hidden_size))
     module, logged = warmed_up(tmp_path, row)
     for name in LOSS_NAMES:
         assert logged[f"warmup/{name}"] == pytest.approx(co_logged[f"drafter/{name}"], rel=1e-6)
@@ -230,6 +247,17 @@ def test_the_start_drafters_figures_are_logged_at_step_0(tmp_path: Path) -> None
     by_step = {step: m for step, m in logger.logged if "warmup/held_out_loss_depth_1" in m}
     assert {name: by_step[0][name] for name in start} == pytest.approx(start)
     assert by_step[2]["warmup/held_out_loss_depth_1"] < start["warmup/held_out_loss_depth_1"]
+
+
+def test_sequences_that_are_cut_to_a_row_are_counted_and_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = RecordingLogger(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        fit(tmp_path, num_steps=12, tokens_per_step=20, trainer_options={"logger": logger})
+    counts = [m["warmup/num_cut"] for _, m in logger.logged if "warmup/num_cut" in m]
+    assert set(counts) == {0, 1}
+    assert caplog.text.count("are cut to their latest 20 pairs") == 1
 
 
 # ---- evaluation
