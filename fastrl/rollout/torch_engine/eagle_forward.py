@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import linear, rms_norm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from fastrl.rollout.attention import KVView
+from fastrl.rollout.attention import KVView, attend
 from fastrl.rollout.drafters.eagle import EagleDrafter
 
 _FIRST_POSITIONS = 512
@@ -96,13 +96,12 @@ class EagleForward:
             rotated_BGTd[:, self._num_heads :],
             qkv_BTGd[:, :, num_rotated:].transpose(1, 2),
         )
-        attended_BHTd = scaled_dot_product_attention(
+        attended_BHTd = attend(
             rotated_BGTd[:, : self._num_heads],
             keys,
             values,
-            attn_mask=view.additive_mask(None, inputs_BTD.dtype),
-            scale=self._scale,
-            enable_gqa=self._num_heads != self._num_kv_heads,
+            view.additive_mask(None, inputs_BTD.dtype),
+            self._scale,
         )
         attended_BTD = attended_BHTd.transpose(1, 2).flatten(2)
         hidden = inputs_BTD + linear(attended_BTD, self._out.weight, self._out.bias)
