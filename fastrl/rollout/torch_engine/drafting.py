@@ -23,9 +23,9 @@ from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.torch_engine.cache_views import CausalView, DraftWindow
 from fastrl.rollout.torch_engine.draft_head import DraftHead
+from fastrl.rollout.torch_engine.eagle3_forward import Eagle3Forward
 from fastrl.rollout.torch_engine.eagle_forward import EagleForward
 from fastrl.rollout.torch_engine.kv_cache import KVCache
-from fastrl.rollout.torch_engine.module_forward import ModuleForward
 from fastrl.rollout.torch_engine.rows import LiveRows
 from fastrl.rollout.torch_engine.target import TargetModel
 from fastrl.rollout.tree import DraftTree, TreeBuilder, chain
@@ -74,7 +74,7 @@ class EagleDrafting:
     def __init__(self, drafter: EagleDrafter, target: TargetModel, num_rows: int) -> None:
         self.drafter = drafter
         self._target = target
-        forward = EagleForward if drafter.PREDICTS_HIDDEN else ModuleForward
+        forward = EagleForward if drafter.PREDICTS_HIDDEN else Eagle3Forward
         self._forward = forward(drafter, target.embedding)
         self._head = DraftHead(drafter, target.lm_head)
         self._cache = self._new_cache(num_rows)
@@ -110,7 +110,8 @@ class EagleDrafting:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The drafter's weights as they are served."""
-        yield from self._forward.named_weights()
+        for name, tensor in self._forward.named_weights():
+            yield name, self._head.served(tensor)
 
     def prefill(self, tokens_BT: Tensor, hidden_BTD: Tensor, lengths: list[int]) -> list[Tensor]:
         """Read the pairs of prompts in scratch cache rows; the entries of each."""

@@ -50,9 +50,9 @@ def _sample_on_the_way(
 
     def sample_after(rows_R: Tensor, nodes_R: Tensor) -> Tensor:
         tokens = []
-        for rows, nodes in zip(
-            rows_R.split(rows_at_once), nodes_R.split(rows_at_once), strict=True
-        ):
+        for start in range(0, len(rows_R), rows_at_once):
+            some = slice(start, start + rows_at_once)
+            rows, nodes = rows_R[some], nodes_R[some]
             sampled, logprobs_BN[rows, nodes] = _sample(
                 logits_BNV[rows, nodes], uniforms_BN[rows, nodes], sampling
             )
