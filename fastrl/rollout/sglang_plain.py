@@ -186,14 +186,13 @@ class PlainSteps:
 
     # -- what the drafter has not read ------------------------------------------------------------
 
-    def read(self, batch: Any) -> bool:
-        """Before a tree: the drafter reads what it has not, and drafts from there; whether there
-        was anything.
+    def read(self, batch: Any) -> None:
+        """Before a tree: the drafter reads what it has not, and drafts from there.
 
         Rows that have nothing unread keep what the step before handed on.
         """
         if not any(request.rid in self._num_unread for request in batch.reqs):
-            return False
+            return
         counts = [self._num_unread.pop(request.rid, 0) for request in batch.reqs]
         carried = batch.spec_info
         topk_p, topk_index = carried.topk_p.clone(), carried.topk_index.clone()
@@ -212,7 +211,6 @@ class PlainSteps:
         self._num_unread_R.index_fill_(0, batch.req_pool_indices, 0)
         carried.topk_p, carried.topk_index = topk_p, topk_index
         carried.hidden_states = hidden_BD
-        return True
 
     def _read_all_but_last(self, batch: Any) -> None:
         """After a plain step: make room. What follows a row's last token is not asked for yet, so

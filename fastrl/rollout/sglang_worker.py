@@ -180,14 +180,14 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
             self._plain.forget(batch)
             return super().forward_batch_generation(batch, *args, **kwargs)
         strategy, context_tokens = self._choose(batch.reqs)
-        self._activate(strategy)
-        # What plain steps left to be read is no part of a step of this strategy.
-        has_read = not strategy.is_off and self._plain.read(batch)
         start = self._mark()
+        self._activate(strategy)
         self._verified: tuple[Any, Tensor] | None = None
         if strategy.is_off:
             result = self._plain.step(batch, kwargs.get("on_publish"))
         else:
+            # A part of the step's time: trees in turns with plain steps pay for it each time.
+            self._plain.read(batch)
             result = super().forward_batch_generation(batch, *args, **kwargs)
         if self._session is not None:
             step = DecodeStep(
@@ -198,7 +198,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
                 end=self._mark(),
                 tree=self._verified_tree(strategy),
             )
-            self._session.begin(step, follows=not (self._ran_prefill or has_read))
+            self._session.begin(step, follows=not self._ran_prefill)
         self._in_flight.append(self._session)
         self._ran_prefill = False
         return result
