@@ -10,8 +10,8 @@ and of SGLang alone:
 
 Arms of one engine are interleaved, engines come one after the other. Only the decode steps of a
 call are timed. TorchEngine tells how long its prefill took. SGLang does not, so there two calls for
-one token each come first: one fills its cache of prefixes, by the other's time the third is
-shorter. Leaves out the order of calls, and what is made of them (bench_sd.py).
+one token each come first: one fills its cache of prefixes, emptied before, by the other's time the
+third is shorter. Leaves out the order of calls, and what is made of them (bench_sd.py).
 """
 
 from __future__ import annotations
@@ -256,6 +256,8 @@ class SGLangArm:
 
     def run(self, prompts: Sequence[Prompt], num_samples: int, seed: int) -> Sample:
         """See `Arm.run`."""
+        # A full cache has old prefixes to evict, of which a run, whose weights change, has none.
+        self.engine.flush_cache()
         first_token = dataclasses.replace(self.sampling, max_tokens=1)
         if self.selector is not None:
             # A bandit would have steps timed for as short a response as its first call asks for.

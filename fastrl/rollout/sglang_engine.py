@@ -234,6 +234,10 @@ class SGLangEngine:
         gib: dict[str, float] = running.process.call("graph_memory", MESSAGE_TIMEOUT_S)
         return gib
 
+    def flush_cache(self) -> None:
+        """Forget the prefixes of past prompts and responses, as a publication does."""
+        self._started().process.call("flush_cache", MESSAGE_TIMEOUT_S)
+
     def weight_checksums(self) -> list[dict[str, str]]:
         """Checksums of SGLang's weights by its own names (`draft.` before the drafter's), for each
         tensor-parallel rank."""

@@ -164,6 +164,10 @@ class EngineHost:
                 f"go on without them; its log says why"
             )
 
+    def serve_flush_cache(self) -> None:
+        """Nothing of past requests stays in SGLang's prefix cache."""
+        self._flush()
+
     def serve_graph_memory(self) -> dict[str, float]:
         """GiB that each strategy's graphs and buffers took."""
         gib: dict[str, float] = self._ask("graph_memory")

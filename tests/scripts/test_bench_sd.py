@@ -365,6 +365,9 @@ def test_prefills_are_timed_without_the_bandit():
     class Timed:
         strategy_selector: object = None
 
+        def flush_cache(self):
+            assert not asked  # before what fills it
+
         def generate(self, prompts, sampling, num_samples, seed):
             asked.append((self.strategy_selector, sampling.max_tokens))
             self.tokens = sampling.max_tokens
