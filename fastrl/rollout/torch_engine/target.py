@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from fastrl.rollout.attention import CACHED_ATTENTION, KVView
 from fastrl.rollout.sharded_weights import is_shared, whole
 from fastrl.rollout.torch_engine.kv_cache import KVCache
+from fastrl.rollout.torch_engine.served_linear import ServedLinear
 from fastrl.rollout.weight_differences import Comparison, WeightDifference
 from fastrl.rollout.weights import changes_after_head, check_fits
 
@@ -69,6 +70,7 @@ class TargetModel:
         self._read_layers: tuple[int, ...] = ()
         self._layer_inputs: dict[int, Tensor] = {}
         self._copies: dict[str, Tensor] = {}  # of weights that could not be shared
+        self._served: dict[str, ServedLinear] = {}  # by their weights' names
         self.has_weights = False
 
     @property
@@ -130,7 +132,19 @@ class TargetModel:
         self._model.requires_grad_(False)
         self._model.tie_weights()
         _check_materialized(self._model)
+        self._lay_out()
         self.has_weights = True
+
+    def _lay_out(self) -> None:
+        """Serve linear layers in a layout of their own where that pays; their modules keep their
+        weights. Float32 is left alone: there the trainer's own memory is served."""
+        if self.device.type != "cpu" or self.dtype != torch.bfloat16:
+            return
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.Linear):
+                served = ServedLinear(module.weight, module.bias)
+                module.forward = served  # type: ignore[method-assign,assignment]
+                self._served[f"{name}.weight"] = served
 
     def compare(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[WeightDifference]:
         """Our weights that differ from these; sharded ones are gathered from all ranks of their
@@ -145,7 +159,8 @@ class TargetModel:
         comparison = Comparison()
         for name, tensor in given.items():
             published = whole(tensor, dtype=self.dtype, device=self.device)
-            comparison.compare(name, own[name], published)
+            served = self._served[name].weight_OI if name in self._served else own[name]
+            comparison.compare(name, served, published)
         return comparison.differences()
 
     def read_layers(self, layers: Sequence[int]) -> None:

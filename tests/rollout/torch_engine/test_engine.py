@@ -337,3 +337,21 @@ def test_length_dependent_rotary_embeddings_are_refused(tmp_path):
     make_target(tmp_path, rope_parameters=rope)
     with pytest.raises(ValueError, match="rope type 'dynamic'"):
         TorchEngine(device="cpu").start(str(tmp_path))
+
+
+def test_bfloat16_serves_each_publication_and_shows_what_it_serves(folders, target_model):
+    """On a CPU linear layers have a layout of their own, which a publication has to reach."""
+    engine = TorchEngine(max_batch_size=2, dtype="bfloat16", device="cpu")
+    engine.start(str(folders[0]))
+    hidden = torch.randn(3, 32, dtype=torch.bfloat16)
+    weights = {name: tensor.detach().clone() for name, tensor in target_model.named_parameters()}
+    for version in range(2):
+        engine.load_policy(weights.items(), version=version)
+        assert engine.compare_policy(weights.items()) == []
+        head = weights["model.embed_tokens.weight"].bfloat16()
+        logits = engine._started().target.logits(hidden)
+        torch.testing.assert_close(logits, hidden @ head.t(), rtol=2**-7, atol=2**-7)
+        for tensor in weights.values():
+            tensor.mul_(-1.5)
+    assert engine.compare_policy(weights.items()) != []
+    engine.close()
