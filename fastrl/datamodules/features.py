@@ -8,17 +8,15 @@ of which is one optimizer step. A row ends with its shard. Position in that endl
 number, which checkpoints hold.
 
 Of several ranks each has its own share of the prompts, and shards, order and cache of its own: they
-exchange nothing here. While a step is computed, the next row is read and packed in a thread,
-unless the target or the engine has to run for it. Leaves out storage (feature_cache.py), the
-target's forward and packing (fastrl/rollout/drafters).
+exchange nothing here. Leaves out responses (responses.py), storage (feature_cache.py), the target's
+forward (fastrl/rollout/drafters/target_features.py) and rows (rows.py), which are made ahead.
 """
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -31,17 +29,12 @@ from fastrl.datamodules.chat_template import context_length, load_tokenizer, tok
 from fastrl.datamodules.feature_cache import FeatureCache
 from fastrl.datamodules.feature_identity import feature_identity
 from fastrl.datamodules.prompts import PromptCursor, PromptSource
-from fastrl.datamodules.read_ahead import ReadAhead
-from fastrl.datamodules.shard_order import ShardOrder, rank_share, row_length
+from fastrl.datamodules.responses import ResponseMaker
+from fastrl.datamodules.rows import RowStream, all_rows
+from fastrl.datamodules.shard_order import ShardOrder, rank_share
 from fastrl.datamodules.streams import BatchLoader, load_batches
 from fastrl.model_files import resolve_model
-from fastrl.rollout.drafters.packing import (
-    PackedFeatures,
-    fold_segments,
-    num_loss_pairs,
-    num_pairs,
-    pack_sequences,
-)
+from fastrl.rollout.drafters.packing import PackedFeatures
 from fastrl.rollout.drafters.target_features import sequence_features
 from fastrl.rollout.engine import RolloutEngine
 from fastrl.types import Prompt, SamplingParams, SequenceFeatures, TokenSequence
@@ -49,8 +42,6 @@ from fastrl.types import Prompt, SamplingParams, SequenceFeatures, TokenSequence
 TOKENS_PER_FORWARD = 4096
 """Of the target, padding included. Not `tokens_per_step`, so that this may change and the cache
 stand."""
-_log = logging.getLogger(__name__)
-
 COUNTED_TOKENS = 2**18
 """Of responses, over all ranks, by which a draft vocabulary is chosen."""
 _TRAIN, _HELD_OUT = "train", "held_out"
@@ -99,6 +90,8 @@ class FeatureDataModule(pl.LightningDataModule):
 
     tokenizer: PreTrainedTokenizerBase
     """Of the target, loaded in `setup`."""
+    _maker: ResponseMaker
+    """Made there too."""
 
     def __init__(
         self,
@@ -152,14 +145,8 @@ class FeatureDataModule(pl.LightningDataModule):
         self._prompts: dict[str, list[Prompt]] = {}
         self._shards: dict[str, list[list[Prompt]]] = {}
         self._cache: FeatureCache | None = None
-        self._generated: dict[str, list[TokenSequence]] = {}
-        """Of shards that the cache does not hold."""
-        self._held: tuple[str, list[SequenceFeatures]] = ("", [])
-        """The training shard in memory, and its name."""
         self._cursor = PromptCursor()
-        self._ahead: ReadAhead[_Row] | None = None
-        self._is_started = False
-        self._said_cut = False
+        self._rows: RowStream | None = None
 
     # ---------------------------------------------------------------- prompts and shards
 
@@ -173,6 +160,15 @@ class FeatureDataModule(pl.LightningDataModule):
                 f"the tokenizer of {self.model_path!r} has no end-of-sequence token to end given "
                 f"responses with; set eos_token in its tokenizer_config.json"
             )
+        self._maker = ResponseMaker(
+            engine=self.engine,
+            model_path=self.model_path,
+            tokenizer=self.tokenizer,
+            target=lambda: self._source.target,
+            sampling=self.sampling,
+            num_samples=self.num_samples,
+            seed=self.seed,
+        )
         splits = self.prompts.load()
         limit = min(self.max_prompt_tokens, context_length(self.model_path) - 1)
         for split, questions in ((_TRAIN, splits.train), (_HELD_OUT, splits.held_out)):
@@ -225,83 +221,33 @@ class FeatureDataModule(pl.LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def _training_row(self) -> PackedFeatures:
-        """The next row of the order, by now perhaps made; the one after it is begun."""
+        """The next row of the order."""
         rl_step = self._source.rl_step
-        position = self._cursor.at(rl_step)
-        if self._ahead is None:
-            self._ahead = ReadAhead(self._row_ahead)
-        row = self._ahead.take(position) or self._row_at(position)
-        assert row is not None, "a row that may run the target was not made"
+        row = self._opened_rows().row(self._cursor.at(rl_step))
         self._cursor.taken(rl_step, row.after)
-        self._ahead.start(row.after)
         return row.packed
 
-    def _row_ahead(self, position: int) -> _Row | None:
-        """In a thread."""
-        device = self._source.target.device
-        if device.type != "cuda":
-            return self._row_at(position, only_reads=True)
-        with torch.cuda.device(device):  # each thread starts at the first
-            row = self._row_at(position, only_reads=True)
-            return row and _Row(packed=row.packed.pin_memory(), after=row.after)
-
-    def _row_at(self, position: int, *, only_reads: bool = False) -> _Row | None:
-        """The first row from a position on that has a token to learn from; None if features had to
-        be made for it, but are only to be read."""
-        order = self._order()
-        last = position + 2 * sum(order.sizes)
-        while position < last:
-            shard, members, after = order.at(position)
-            name = _shard_name(_TRAIN, shard)
-            if self._held[0] != name:
-                features = self._stored(name) if only_reads else self._features(_TRAIN, shard)
-                if features is None:
-                    return None
-                self._held = (name, features)
-                self._note_cut(name, features)
-            sequences = [self._held[1][index] for index in members]
-            num_taken = row_length(sequences, self.tokens_per_step)
-            position += num_taken
-            assert position <= after, f"a row took {num_taken} of {len(members)} sequences"
-            if usable := _usable(sequences[:num_taken]):
-                return _Row(packed=self._packed(usable), after=position)
-        raise ValueError(
-            "none of the training prompts has a response of any token to learn from; look at "
-            "data.prompts, and at data.sampling.max_tokens"
-        )
-
-    def _note_cut(self, name: str, features: Sequence[SequenceFeatures]) -> None:
-        """Say once that sequences are longer than a row, which are cut to their ends."""
-        longest = max(map(num_pairs, features))
-        if self._said_cut or longest <= self.tokens_per_step:
-            return
-        self._said_cut = True
-        num_cut = sum(num_pairs(one) > self.tokens_per_step for one in features)
-        _log.warning(
-            "%d of %d sequences of shard %s are longer than a row and are cut to their latest %d "
-            "pairs, of at most %d: raise data.tokens_per_step to train on all of them; "
-            "warmup/num_cut counts them from here on",
-            num_cut,
-            len(features),
-            name,
-            self.tokens_per_step,
-            longest,
-        )
+    def _opened_rows(self) -> RowStream:
+        """Opened at the first use: the target comes after `setup`."""
+        if self._rows is None:
+            self._rows = RowStream(
+                self._order(),
+                make=lambda shard: self._features(_TRAIN, shard),
+                read=self._stored,
+                max_pairs=self.tokens_per_step,
+                target_size=self._hidden_size(),
+                device=self._source.target.device,
+            )
+        return self._rows
 
     def _held_out_rows(self, shard: int) -> list[PackedFeatures]:
-        if self._ahead is not None:
-            self._ahead.settle()
-        sequences = _usable(self._features(_HELD_OUT, shard))
-        rows: list[PackedFeatures] = []
-        while sequences:
-            num_taken = row_length(sequences, self.tokens_per_step)
-            rows.append(self._packed(sequences[:num_taken]))
-            sequences = sequences[num_taken:]
-        return rows
+        if self._rows is not None:
+            self._rows.settle()
+        features = self._features(_HELD_OUT, shard)
+        return all_rows(features, self.tokens_per_step, self._hidden_size())
 
-    def _packed(self, sequences: Sequence[SequenceFeatures]) -> PackedFeatures:
-        hidden_size = self._source.target.config.get_text_config().hidden_size
-        return fold_segments(pack_sequences(sequences, self.tokens_per_step, hidden_size))
+    def _hidden_size(self) -> int:
+        return int(self._source.target.config.get_text_config().hidden_size)
 
     # ---------------------------------------------------------------- tokens that are drafted
 
@@ -328,9 +274,10 @@ class FeatureDataModule(pl.LightningDataModule):
 
     # ---------------------------------------------------------------- features of a shard
 
-    def _stored(self, name: str) -> list[SequenceFeatures] | None:
-        """From the cache, if that is open and has them."""
-        stored = self._cache.read(name) if self._cache is not None else None
+    def _stored(self, shard: int) -> list[SequenceFeatures] | None:
+        """Of a training shard, from the cache, if that is open and has them."""
+        cache = self._cache
+        stored = cache.read(_shard_name(_TRAIN, shard)) if cache is not None else None
         return stored.features if stored is not None else None
 
     def _features(self, split: str, shard: int) -> list[SequenceFeatures]:
@@ -340,7 +287,7 @@ class FeatureDataModule(pl.LightningDataModule):
         stored = cache.read(name) if cache is not None else None
         if stored is not None and stored.features is not None:
             return stored.features
-        sequences = stored.sequences if stored is not None else self._made(split, shard)
+        sequences = stored.sequences if stored is not None else self._responses(split, shard)
         assert self.trainer is not None
         with self.trainer.precision_plugin.forward_context():
             features = sequence_features(
@@ -350,6 +297,11 @@ class FeatureDataModule(pl.LightningDataModule):
                 layers=self._source.feature_layers,
                 dtype=self._kept_dtype(),
             )
+        # As those that are read: rows are packed beside the device's work, not in it.
+        features = [
+            dataclasses.replace(one, tokens_T=one.tokens_T.cpu(), hidden_TD=one.hidden_TD.cpu())
+            for one in features
+        ]
         # A shard that is kept without hidden states gets them once there is room: after
         # cache_gib was raised.
         if cache is not None and (stored is None or cache.fits(name, features)):
@@ -357,21 +309,17 @@ class FeatureDataModule(pl.LightningDataModule):
         else:
             is_kept = stored is not None
         if is_kept:
-            self._generated.pop(name, None)
+            self._maker.forget(name)
         return features
 
     def _sequences(self, split: str, shard: int) -> list[TokenSequence]:
         """Prompts and responses alone, from the cache or made."""
         cache = self._opened_cache()
         stored = cache.read(_shard_name(split, shard)) if cache is not None else None
-        return stored.sequences if stored is not None else self._made(split, shard)
+        return stored.sequences if stored is not None else self._responses(split, shard)
 
-    def _made(self, split: str, shard: int) -> list[TokenSequence]:
-        """Responses are made once; remembered until the cache has them."""
-        name = _shard_name(split, shard)
-        if name not in self._generated:
-            self._generated[name] = self._responses(self._shards[split][shard])
-        return self._generated[name]
+    def _responses(self, split: str, shard: int) -> list[TokenSequence]:
+        return self._maker.of_shard(_shard_name(split, shard), self._shards[split][shard])
 
     def _opened_cache(self) -> FeatureCache | None:
         """Opened at the first use: the target comes after `setup`."""
@@ -400,35 +348,6 @@ class FeatureDataModule(pl.LightningDataModule):
         """Under autocast an LM head reads hidden states as bfloat16, whatever they are kept as."""
         assert self.trainer is not None
         return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
-
-    def _responses(self, prompts: Sequence[Prompt]) -> list[TokenSequence]:
-        """Prompt-major, `num_samples` each."""
-        if self.engine is None:
-            return [self._given_response(prompt) for prompt in prompts]
-        if not self._is_started:
-            self.engine.start(self.model_path)
-            self._is_started = True
-            self.engine.load_policy(self._source.target.named_parameters(), 0)
-        rollouts = self.engine.generate(
-            prompts, self.sampling, num_samples=self.num_samples, seed=self.seed
-        )
-        return [
-            TokenSequence(
-                tokens_T=torch.tensor(rollout.prompt.tokens + rollout.tokens),
-                num_prompt_tokens=len(rollout.prompt.tokens),
-            )
-            for rollout in rollouts
-        ]
-
-    def _given_response(self, prompt: Prompt) -> TokenSequence:
-        """Tokenized, ended with end-of-sequence, cut to `max_tokens` and the model's context."""
-        response = self.tokenizer.encode(prompt.answer, add_special_tokens=False)
-        room = context_length(self.model_path) - len(prompt.tokens)
-        tokens = [*response, self.tokenizer.eos_token_id][: min(room, self.sampling.max_tokens)]
-        return TokenSequence(
-            tokens_T=torch.tensor([*prompt.tokens, *tokens]),
-            num_prompt_tokens=len(prompt.tokens),
-        )
 
     @property
     def _source(self) -> TargetSource:
@@ -460,34 +379,19 @@ class FeatureDataModule(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         """End the engine and forget the target's features; a later run starts anew."""
         self._close()
-        self._cache, self._held = None, ("", [])
+        self._cache = None
 
     def on_exception(self, exception: BaseException) -> None:
         """The same when training fails, or is stopped with Ctrl-C."""
         self._close()
 
     def _close(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
-        if self.engine is not None and self._is_started:
-            self._is_started = False
-            self.engine.close()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Row:
-    """One optimizer step's."""
-
-    packed: PackedFeatures
-    after: int
-    """Position in the order at which the next row begins."""
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+        if self._shards:
+            self._maker.close()
 
 
 def _shard_name(split: str, shard: int) -> str:
     return f"{split}-{shard:05d}"
-
-
-def _usable(features: Sequence[SequenceFeatures]) -> list[SequenceFeatures]:
-    """Those with a response token to learn from."""
-    return [sequence for sequence in features if num_loss_pairs(sequence) > 0]

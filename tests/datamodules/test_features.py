@@ -20,6 +20,7 @@ from lightning import LightningModule
 from transformers import AutoTokenizer, PreTrainedModel
 
 from fastrl.datamodules import FeatureDataModule, JsonlPrompts, ReasoningGymPrompts
+from fastrl.datamodules.rows import RowStream
 from fastrl.datamodules.shard_order import ShardOrder, rank_share, row_length
 from fastrl.modules.loading import load_causal_lm
 from fastrl.rollout.drafters.packing import PackedFeatures, fold_segments, pack_sequences
@@ -187,7 +188,7 @@ def test_given_responses_are_tokenized_ended_and_cut(tmp_path: Path) -> None:
     responses = {line["prompt"]: line["response"] for line in lines}
     is_cut = set()
     for prompt in data._prompts["train"]:
-        sequence = data._given_response(prompt)
+        sequence = data._maker.given(prompt)
         assert tuple(sequence.tokens_T[: sequence.num_prompt_tokens].tolist()) == prompt.tokens
         response = sequence.tokens_T[sequence.num_prompt_tokens :].tolist()
         whole = [
@@ -213,7 +214,7 @@ def test_rows_are_those_packed_from_an_unpadded_forward_of_each_sequence(tmp_pat
     (row,) = module.rows
     by_next_tokens = {}
     for prompt in data._prompts["train"]:
-        sequence = data._given_response(prompt)
+        sequence = data._maker.given(prompt)
         with torch.no_grad():
             output = module.target(sequence.tokens_T.unsqueeze(0), output_hidden_states=True)
         by_next_tokens[tuple(sequence.tokens_T[1:-1].tolist())] = SequenceFeatures(
@@ -404,25 +405,25 @@ def test_rows_made_ahead_are_the_same_and_never_need_the_target(
     made_in: list[threading.Thread] = []
     num_ahead = 0
     make = FeatureDataModule._features
-    row_ahead = FeatureDataModule._row_ahead
+    row_ahead = RowStream._row_ahead
 
     def features(self: FeatureDataModule, split: str, shard: int) -> list[SequenceFeatures]:
         made_in.append(threading.current_thread())
         return make(self, split, shard)
 
-    def ahead(self: FeatureDataModule, position: int) -> Any:
+    def ahead(self: RowStream, position: int) -> Any:
         nonlocal num_ahead
         row = row_ahead(self, position)
         num_ahead += row is not None
         return row
 
     monkeypatch.setattr(FeatureDataModule, "_features", features)
-    monkeypatch.setattr(FeatureDataModule, "_row_ahead", ahead)
+    monkeypatch.setattr(RowStream, "_row_ahead", ahead)
     first = collect(tmp_path, make_data(tmp_path, **options))
     assert 0 < num_ahead < 12
     again = collect(tmp_path, make_data(tmp_path, **options))
     assert set(made_in) == {threading.main_thread()}
-    monkeypatch.setattr(FeatureDataModule, "_row_ahead", lambda self, position: None)
+    monkeypatch.setattr(RowStream, "_row_ahead", lambda self, position: None)
     one_by_one = collect(tmp_path, make_data(tmp_path, **options))
     assert_same_rows(first.rows, again.rows)
     assert_same_rows(first.rows, one_by_one.rows)

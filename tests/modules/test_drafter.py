@@ -363,7 +363,7 @@ def most_frequent(data: FeatureDataModule, size: int) -> list[int]:
     """By definition, of given responses."""
     counts = Counter[int]()
     for prompt in data._prompts["train"]:
-        sequence = data._given_response(prompt)
+        sequence = data._maker.given(prompt)
         counts.update(sequence.tokens_T[sequence.num_prompt_tokens :].tolist())
     eos = AutoConfig.from_pretrained(POLICY).eos_token_id
     ranked = sorted(range(data.tokenizer.vocab_size), key=lambda t: (t != eos, -counts[t], t))

@@ -146,7 +146,7 @@ def vocabulary_of(folder: str) -> dict[str, Any]:
     trainer = make_trainer(root, strategy="ddp", devices=2, has_checkpoints=False)
     data = make_data(root, num_steps=1)
     trainer.fit(module, datamodule=data)
-    own = [data._given_response(prompt) for prompt in data._prompts["train"]]
+    own = [data._maker.given(prompt) for prompt in data._prompts["train"]]
     return {
         "tokens": [one.tokens_T[one.num_prompt_tokens :].tolist() for one in own],
         "token_map": module.drafter.token_map_F.tolist(),
