@@ -142,7 +142,7 @@ def steadiest_prompt(model: nn.Module, rounded: nn.Module, check: Check) -> Samp
         raise ValueError(
             f"after none of {check.num_prompts} prompts have {check.least_outcomes} responses of "
             f"{check.sampling.max_tokens} tokens a probability of {least:.1e} and more; raise "
-            f"num_prompts or num_samples, or lower least_outcomes"
+            f"num_prompts, num_samples or sampling.temperature, or lower least_outcomes"
         )
     return min(found, key=lambda sampled: sampled.rounding)
 
