@@ -27,9 +27,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrl.datamodules.chat_template import load_tokenizer
 from fastrl.model_files import resolve_model
 from fastrl.modules import checkpoint_header
 from fastrl.modules.loading import check_model_folder, load_causal_lm
@@ -57,6 +56,8 @@ MAX_DEPTH = 6
 @runtime_checkable
 class _CountsTokens(Protocol):
     """What a draft vocabulary is chosen by."""
+
+    tokenizer: PreTrainedTokenizerBase
 
     def response_token_counts(self) -> dict[int, int]:
         """Of all ranks' responses."""
@@ -174,9 +175,7 @@ class DrafterModule(LightningModule):
             counts,
             vocab_size=self.drafter.config.vocab_size,
             size=self.draft_vocab_size,
-            always=eos_token_ids(
-                self.model_path, self.target.config, load_tokenizer(self.model_path)
-            ),
+            always=eos_token_ids(self.model_path, self.target.config, data.tokenizer),
         )
         self.drafter.reassign_vocabulary(chosen.token_ids, "a new drafter")
         self._start_head(self.target)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -220,6 +220,12 @@ def _first_exceeding(mass: Tensor, threshold: Tensor) -> Tensor:
 def request_key(seed: int, rl_step: int, prompt_id: int, sample_index: int) -> int:
     """The signed 64-bit key of a rollout's random stream."""
     name = f"{seed}/{rl_step}/{prompt_id}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
+
+
+def combined_key(keys: Iterable[int]) -> int:
+    """A signed 64-bit key of several rollouts' keys, in their order."""
+    name = "/".join(map(str, keys)).encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 

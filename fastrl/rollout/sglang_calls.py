@@ -24,9 +24,6 @@ from fastrl.rollout.sglang_rollouts import (
 from fastrl.rollout.shared_process import GenerateRequest, SharedResponses
 from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
 
-_WHOLE_CALL = -1
-"""Stands for a prompt's id."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
@@ -70,9 +67,11 @@ class GenerateCall:
 
     def options(self, *, seeds_tokens: bool) -> dict[str, Any]:
         """Of the whole call, in the engine's process; where SGLang seeds no token by its request,
-        its generators get a seed for the call."""
-        seed = None if seeds_tokens else request_key(self.seed, self.rl_step, _WHOLE_CALL, 0)
-        return {"return_hidden_states": self.return_hidden_states, "generator_seed": seed}
+        its generators get a seed for the call, of all its requests' seeds."""
+        return {
+            "return_hidden_states": self.return_hidden_states,
+            "seeds_generators": not seeds_tokens,
+        }
 
     def requests(self, model: ModelInfo) -> list[GenerateRequest]:
         """One for each response.

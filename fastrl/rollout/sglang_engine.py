@@ -57,16 +57,17 @@ class SGLangEngine:
             default.
         deterministic: Seed every token, so that rollouts of one strategy repeat whatever the batch;
             costs speed (SGLang's batch-invariant kernels). Without it each `generate` call seeds
-            SGLang's generators, and its tokens repeat as far as its batches do: which requests a
-            step finds in the queue is a matter of time. Under a bandit, whose choices rest on
-            measured times, nothing repeats either way.
+            SGLang's generators by all its requests, and its tokens repeat as far as its batches do:
+            which requests a step finds in the queue is a matter of time. Under a bandit, whose
+            choices rest on measured times, nothing repeats either way.
         hidden_states: Whether rollouts can be asked for hidden states; SGLang prepares for it at
             its start.
         memory_saver: Whether `sleep` can give memory back; needs the package torch-memory-saver.
         bucketed_graphs: Whether a bandit's strategies share CUDA graphs of equal shapes, and have
             them only for batch sizes in which each may be chosen; false: all for each, to compare.
         unread_gib: Device memory for hidden states of plain steps that the drafter has not read,
-            in GiB: the more it holds, the less is read in vain. At least 32 tokens a row are kept.
+            in GiB: the more it holds, the less is read in vain. At least 32 tokens a row are kept;
+            `sleep` does not give it back.
         bucket_mib: Most MiB of weights published in one message.
         start_timeout_s: Seconds an engine may take to start.
         generate_timeout_s: Seconds a `generate` call may take before the engine is taken to hang.

@@ -9,22 +9,26 @@ filters are left. So its log-probabilities are those of the distribution that wa
 
 Filters alone: logit biases, penalties and grammars, which SGLang would apply to a verification
 afterwards, are never asked for. Called in SGLang's scheduler, by FastRL's plugin, whatever the
-algorithm; batches without filters go the stock way.
+algorithm; batches without filters go the stock way, but for the ends of a verification's uniforms.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrl.rollout.sampling import RowSampling, exclude_tokens_
-from fastrl.rollout.sglang_hooks import hook_in
+from fastrl.rollout.sglang_hooks import hook_in, numbers_of
 from fastrl.types import SamplingParams
 
 _LEAST_TEMPERATURE = 1e-6
+_LEAST_COIN, _LARGEST_COIN = torch.finfo(torch.float32).tiny, 1 - 2.0**-18
+"""Beyond what sums over a vocabulary round by."""
 _ALL = 1 << 30
 """SGLang's top_k that keeps all tokens."""
 
@@ -90,16 +94,12 @@ class RowFilter:
         **kw: Any,
     ) -> Any:
         """Of a draft tree's nodes: each request's rows lie one after the other."""
-        if batch.forward_mode.is_idle() or not _has_filters(batch.sampling_info):
-            return original(tree, batch, output, *rest, **kw)
-        from fastrl.rollout.sglang_versions import coins_inside_interval
-
-        rows = self._row_sampling(batch.sampling_info).repeated(tree.draft_token_num)
-        exclude_tokens_(output.next_token_logits, rows)
-        batch = copy.copy(batch)
-        batch.sampling_info = _without_filters(batch.sampling_info)
-        with coins_inside_interval():
-            return original(tree, batch, output, *rest, **kw)
+        if not batch.forward_mode.is_idle() and _has_filters(batch.sampling_info):
+            rows = self._row_sampling(batch.sampling_info).repeated(tree.draft_token_num)
+            exclude_tokens_(output.next_token_logits, rows)
+            batch = copy.copy(batch)
+            batch.sampling_info = _without_filters(batch.sampling_info)
+        return original(tree, batch, output, *rest, **kw)
 
     def _row_sampling(self, info: Any) -> RowSampling:
         top_k = info.top_ks.long().view(-1, 1)
@@ -128,13 +128,27 @@ def _without_filters(info: Any) -> Any:
     return view
 
 
+def bounds_no_noise(version: str) -> bool:
+    """Whether a version of SGLang draws from Gumbel noise that may be infinite."""
+    return numbers_of(version) < (0, 5, 21)
+
+
 def below_largest_hash(hash_RV: Tensor, *_: Any) -> Tensor:
     """After SGLang hashes seed, position and token to 32 bits, from which its Gumbel noise comes.
 
-    Before 0.5.21 the largest hash makes infinite noise: that token is drawn whatever its
-    probability is, or NaN of one that has none. (Later versions bound the noise likewise.)
+    The largest hash makes infinite noise: that token is drawn whatever its probability is, or NaN
+    of one that has none. (From 0.5.21 on SGLang bounds the noise itself.)
     """
     return hash_RV.long().clamp_(max=2**32 - 2)
+
+
+def coins_inside_interval(coins: tuple[Tensor, Tensor], *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    """After SGLang draws the uniforms that it verifies with: they stay off the ends of [0, 1).
+
+    At 0 its kernel accepts a token without any probability; and so close to 1 that sums round to
+    less, it rejects all that have some, or finds none, and emits the last of the vocabulary.
+    """
+    return tuple(one.clamp(_LEAST_COIN, _LARGEST_COIN) for one in coins)
 
 
 def filter_as_we_do() -> None:
@@ -145,8 +159,13 @@ def filter_as_we_do() -> None:
         row_filter.note_requests,
         "after",
     )
-    hook_in("sglang.srt.layers.sampler.murmur_hash32", below_largest_hash, "after")
+    if bounds_no_noise(importlib.metadata.version("sglang")):
+        hook_in("sglang.srt.layers.sampler.murmur_hash32", below_largest_hash, "after")
     hook_in("sglang.srt.layers.sampler.Sampler.forward", row_filter.around_sampler, "around")
+    hook_in("sglang.srt.speculative.eagle_utils._verify_coins", coins_inside_interval, "after")
     hook_in(
-        "sglang.srt.speculative.eagle_utils.eagle_sample", row_filter.around_verification, "around"
+        "sglang.srt.speculative.eagle_utils.eagle_sample",
+        row_filter.around_verification,
+        "around",
+        called_as=("sglang.srt.speculative.eagle_worker_common.eagle_sample",),
     )

@@ -9,7 +9,7 @@ the start (sglang_host.py). Imports SGLang where it is called.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 Hook = Callable[..., Any]
@@ -17,13 +17,30 @@ Hook = Callable[..., Any]
 _asked_for: list[tuple[str, Hook]] = []
 
 
-def hook_in(target: str, hook: Hook, kind: Literal["before", "after", "around"]) -> None:
-    """Have SGLang call the hook before, after or in place of a function of its own, of which
-    `target` is the whole name, in every process that loads the plugin."""
+def hook_in(
+    target: str,
+    hook: Hook,
+    kind: Literal["before", "after", "around"],
+    *,
+    called_as: Sequence[str] = (),
+) -> None:
+    """Have SGLang call a hook of ours in every process that loads the plugin.
+
+    Args:
+        target: the whole name of a function of SGLang's own.
+        hook: called before it, after it or in its place.
+        kind: which of these.
+        called_as: names that other modules have imported it by, under which it must be hooked too.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(target, hook, HookType(kind))
-    _asked_for.append((target, hook))
+    _asked_for.extend((name, hook) for name in (target, *called_as))
+
+
+def numbers_of(version: str) -> tuple[int, ...]:
+    """0.5.17 as (0, 5, 17)."""
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
 def not_in_force() -> list[str]:

@@ -26,8 +26,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from fastrl.rollout.engine import StrategySelector
+from fastrl.rollout.sampling import combined_key
 from fastrl.rollout.sglang_comparison import COMPARERS, REMEMBERERS, is_drafter
 from fastrl.rollout.sglang_hidden_states import in_order
+from fastrl.rollout.sglang_hooks import numbers_of
 from fastrl.rollout.sglang_plugin import ALGORITHM, RPC_PREFIX, packed, unpacked
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.rollout.sglang_process import Outcome, RawResponse, Role, StartedEngine
@@ -46,7 +48,7 @@ class EngineHost:
         import sglang
 
         self._version_text: str = sglang.__version__
-        self._version = _numbers(sglang.__version__)
+        self._version = numbers_of(sglang.__version__)
         if not _OLDEST <= self._version < _TOO_NEW:
             raise RuntimeError(
                 f"sglang {sglang.__version__} is installed; this adapter knows 0.5.17 to 0.5.21: "
@@ -87,7 +89,7 @@ class EngineHost:
         prompts: Sequence[Sequence[int]],
         sampling: Sequence[Mapping[str, Any]],
         return_hidden_states: bool,
-        generator_seed: int | None,
+        seeds_generators: bool,
         selector: StrategySelector | None,
     ) -> tuple[list[RawResponse], SessionReport | None]:
         """One response a prompt; with a selector, which chooses each step's strategy, what the
@@ -98,8 +100,9 @@ class EngineHost:
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        if generator_seed is not None:
-            self._ask("seed_generators", seed=generator_seed)
+        if seeds_generators:
+            seeds = (int(parameters["sampling_seed"]) for parameters in sampling)
+            self._ask("seed_generators", seed=combined_key(seeds))
         if selector is not None:
             self._ask("begin", selector=selector, rehearsal=None)
         keys = [f"{time.monotonic_ns()}-{number}" for number in range(len(prompts))]
@@ -342,10 +345,6 @@ def _given_up(why: str) -> RawResponse:
         steps_by_num_accepted=(),
         hidden_TD=None,
     )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
 # -- the process ----------------------------------------------------------------------------------

@@ -143,9 +143,8 @@ def _read(request: StartRequest, options: SGLangOptions) -> _Files:
                 "with an EAGLE-3 drafter SGLang returns the hidden states that the drafter reads, "
                 "not the last ones; set engine.hidden_states to false, or use TorchEngine"
             )
-        if drafter.PREDICTS_HIDDEN:
-            check_sglang_reads(request.drafter_path)
-        elif len(drafter.feature_layers) == 1:
+        check_sglang_reads(request.drafter_path)
+        if len(drafter.feature_layers) == 1:
             raise ValueError(
                 f"the EAGLE-3 drafter of {request.drafter_path} reads a single layer, "
                 f"{drafter.feature_layers[0]}: SGLang takes features as wide as a hidden state for "

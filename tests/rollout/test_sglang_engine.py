@@ -5,6 +5,7 @@ what the adapter takes for granted.
 """
 
 import copy
+import dataclasses
 import math
 import os
 import signal
@@ -123,7 +124,10 @@ def test_tokens_without_seeds_follow_it_too_and_repeat_by_call(
         return engine.generate([prompt], LONG, **seeds)[0].tokens
 
     first = response(seed=3, rl_step=7)
-    assert len({first, response(seed=3, rl_step=8), response(seed=4, rl_step=7)}) == 3
+    others = [response(seed=3, rl_step=8), response(seed=4, rl_step=7)]
+    another = dataclasses.replace(prompt, prompt_id=prompt.prompt_id + 1)  # of the same tokens
+    others.append(engine.generate([another], LONG, seed=3, rl_step=7)[0].tokens)
+    assert len({first, *others}) == 4
     assert response(seed=3, rl_step=7) == first
     sampling = SamplingParams(max_tokens=3, top_p=0.5, ignore_eos=True)
     rollouts = engine.generate([prompt], sampling, num_samples=600)

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from fastrl.rollout.sampling import log_distribution
-from fastrl.rollout.sglang_filters import RowFilter, below_largest_hash
+from fastrl.rollout.sglang_filters import (
+    RowFilter,
+    below_largest_hash,
+    bounds_no_noise,
+    coins_inside_interval,
+)
 from fastrl.types import SamplingParams
 
 
@@ -120,4 +125,16 @@ def test_what_seeded_noise_is_made_of_never_makes_it_infinite():
     hash_RV = torch.tensor([[2**31, 2**30, 2**32 - 1]]).to(torch.uint32)
     assert drawn(hash_RV) == 2
     assert drawn(below_largest_hash(hash_RV)) == 0
+    assert bounds_no_noise("0.5.17")
+    assert bounds_no_noise("0.5.20.post1")
+    assert not bounds_no_noise("0.5.21")
     assert below_largest_hash(hash_RV)[0, :2].tolist() == [2**31, 2**30]
+
+
+def test_uniforms_of_a_verification_stay_off_the_ends():
+    """At 0 SGLang's kernel accepts what has no probability, next to 1 it may find no token."""
+    coins = torch.tensor([[0.0, 0.5, 1 - 2.0**-24]]), torch.tensor([1 - 2.0**-24])
+    inside_BN, last_B = coins_inside_interval(coins, bs=1)
+    assert 0 < float(inside_BN[0, 0]) < 1e-30
+    assert float(inside_BN[0, 1]) == 0.5
+    assert float(inside_BN[0, 2]) == float(last_B) == 1 - 2.0**-18

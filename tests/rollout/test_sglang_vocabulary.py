@@ -110,6 +110,8 @@ def test_the_drafter_has_read_what_plain_steps_left_to_it(
     served.load_policy(target_model.named_parameters(), version=0)
     with TorchEngineOf(folders[0], trimmed_folder, target_model) as embedded:
         check_turns_accept_the_same(served, embedded, PROMPTS, names)
+        read_at_once = (*("off",) * 40, *("4_1_5",) * 12)
+        check_turns_accept_the_same(served, embedded, PROMPTS, read_at_once, max_tokens=90)
     served.close()
 
 
