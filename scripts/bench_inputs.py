@@ -27,6 +27,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.sglang_weights import policy_skeleton
 from fastrl.types import Prompt
 
@@ -62,9 +63,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def load_weights(
-    model_path: str, ckpt: str | None, *, dtype: torch.dtype, device: str
+    model_path: str, ckpt: str | None, drafter_path: str | None, *, dtype: torch.dtype, device: str
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """The target, and the co-trained drafter's weights (none: those of its folder)."""
+    """The target, and the co-trained drafter's weights (none: those of its folder).
+
+    Raises ValueError for a checkpoint of a drafter that reads or drafts something else than the
+    folder's, whose weights would fit and mean nothing there.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     drafter: dict[str, Tensor] = {}
     if ckpt is not None:
@@ -78,6 +83,8 @@ def load_weights(
         for name, state in checkpoint["callbacks"].items():
             if name.startswith("DrafterTraining"):
                 drafter = state["drafter"]
+                if drafter_path is not None:
+                    load_drafter(drafter_path, model.config).check_reads_the_same(state)
     return model.to(device, dtype).eval(), drafter
 
 

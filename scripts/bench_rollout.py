@@ -151,7 +151,9 @@ class EngineArm:
 def load_weights(bench: Bench) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The target, and the co-trained drafter's weights (none: those of its folder)."""
     dtype = getattr(torch, bench.dtype)
-    return bench_inputs.load_weights(bench.model, bench.ckpt, dtype=dtype, device=bench.device)
+    return bench_inputs.load_weights(
+        bench.model, bench.ckpt, bench.drafter, dtype=dtype, device=bench.device
+    )
 
 
 def load_prompts(bench: Bench) -> list[Prompt]:

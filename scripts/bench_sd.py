@@ -224,7 +224,9 @@ def prepare(bench: Bench, scratch: Path) -> Subject:
         folder = resolve_model(bench.model)
         # SGLang takes them from the host, bucket by bucket: its device holds them once.
         place = "cpu" if bench.engine == "sglang" else device
-        model, drafter_weights = load_weights(folder, bench.ckpt, dtype=dtype, device=place)
+        model, drafter_weights = load_weights(
+            folder, bench.ckpt, drafter_path, dtype=dtype, device=place
+        )
         weights = model.named_parameters
     return Subject(
         folder=folder,

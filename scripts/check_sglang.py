@@ -157,10 +157,12 @@ def run(check: Check) -> bool:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     print_machine(device, check.dtype)
-    model, drafter = load_weights(folder, check.ckpt, dtype=torch.float32, device=device)
+    model, drafter = load_weights(
+        folder, check.ckpt, check.drafter, dtype=torch.float32, device=device
+    )
     drafter = drafter or dict(load_drafter(check.drafter, model.config).named_weights())
     dtype = getattr(torch, check.dtype)
-    rounded, _ = load_weights(folder, check.ckpt, dtype=dtype, device=device)
+    rounded, _ = load_weights(folder, check.ckpt, None, dtype=dtype, device=device)
     sampled = steadiest_prompt(model, rounded, check)
     print(
         f"sampled: prompt {sampled.prompt.prompt_id}, {len(sampled.expected)} responses of "

@@ -170,7 +170,9 @@ def load_pair(evaluation: Evaluation) -> Pair:
     folder = resolve_model(evaluation.model)
     # SGLang has the device's memory for itself.
     place = "cpu" if evaluation.engine == "sglang" else device
-    model, drafter_weights = load_weights(folder, evaluation.ckpt, dtype=dtype, device=place)
+    model, drafter_weights = load_weights(
+        folder, evaluation.ckpt, evaluation.drafter, dtype=dtype, device=place
+    )
     drafter = load_drafter(evaluation.drafter, model.config)
     if drafter_weights:
         drafter.load_weights(drafter_weights.items(), source=f"checkpoint {evaluation.ckpt}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from fastrl.datamodules.chat_template import load_tokenizer
 from fastrl.model_files import resolve_model
+from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.drafters.vocabulary import frequent_tokens
 from fastrl.rollout.end_of_sequence import eos_token_ids
@@ -63,14 +64,11 @@ def trim(options: Trim) -> None:
     folder = resolve_model(options.model)
     config = AutoConfig.from_pretrained(folder)
     drafter = load_drafter(options.drafter, config)
-    responses = list(_responses(options.rollouts))
-    if drafter.token_map_F is not None:  # it can draft no other token
-        own = set(drafter.token_map_F.tolist())
-        responses = [[token for token in tokens if token in own] for tokens in responses]
+    responses = list(read_responses(options.rollouts))
     counted = [tokens for number, tokens in enumerate(responses) if number % _HELD_OUT]
     held_out = responses[::_HELD_OUT]
     chosen = frequent_tokens(
-        counted,
+        _draftable(counted, drafter),
         vocab_size=drafter.config.vocab_size,
         size=options.size,
         always=eos_token_ids(folder, config, load_tokenizer(folder)),
@@ -78,16 +76,29 @@ def trim(options: Trim) -> None:
     drafter.trim_vocabulary(chosen.token_ids)
     drafter.save_pretrained(options.output)
     known = set(chosen.token_ids)
-    total = sum(map(len, held_out))
-    covered = sum(token in known for tokens in held_out for token in tokens) / max(total, 1)
     print(
-        f"{options.size} of {drafter.config.vocab_size} tokens cover {chosen.coverage:.2%} of "
-        f"{sum(map(len, counted))} tokens that were counted and {covered:.2%} of {total} others; "
-        f"the drafter is in {options.output}"
+        f"{options.size} of {drafter.config.vocab_size} tokens cover {_share(counted, known):.2%} "
+        f"of {sum(map(len, counted))} tokens that were counted and {_share(held_out, known):.2%} "
+        f"of {sum(map(len, held_out))} others; the drafter is in {options.output}"
     )
 
 
-def _responses(pattern: str) -> Iterator[list[int]]:
+def _draftable(responses: Sequence[list[int]], drafter: EagleDrafter) -> Sequence[list[int]]:
+    """The tokens that it can draft as it is: of others it has no row to keep."""
+    if drafter.token_map_F is None:
+        return responses
+    own = set(drafter.token_map_F.tolist())
+    return [[token for token in tokens if token in own] for tokens in responses]
+
+
+def _share(responses: Sequence[list[int]], known: Collection[int]) -> float:
+    """Of all their tokens that are known."""
+    total = sum(map(len, responses))
+    return sum(token in known for tokens in responses for token in tokens) / max(total, 1)
+
+
+def read_responses(pattern: str) -> Iterator[list[int]]:
+    """Tokens of each response in files of `RolloutDump`; FileNotFoundError if there is none."""
     paths = sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise FileNotFoundError(

@@ -38,6 +38,8 @@ class Recipe:
     """Of drafter, and so the configuration: warmup_eagle.yaml or warmup_eagle3.yaml."""
     drafter_path: str | None = None
     """Drafter to start from; null: a new one."""
+    draft_vocab_size: int | None = None
+    """Tokens that a new drafter drafts, those that come most often in responses; null: all."""
     data_path: Path | None = None
     """JSON Lines file of prompts, and of responses if `response_key` is set; null: generated
     sums, of use for a first try only."""
@@ -85,6 +87,7 @@ def overlay(recipe: Recipe) -> dict[str, Any]:
                 "model_path": recipe.base_model_path,
                 "output": str(recipe.output),
                 "drafter_path": recipe.drafter_path,
+                "draft_vocab_size": recipe.draft_vocab_size,
                 "optimizer": {"lr": recipe.learning_rate},
             }
         },

@@ -1,7 +1,7 @@
 """Every YAML in configs/ is parsed, and its module, data and callbacks are made, without a run.
 
-One that names no model is laid over another: `quickstart_off` over `quickstart`. One for GPUs is
-made on a CPU, and one whose model has to be downloaded is made for the quickstart's.
+One that names no class of model is laid over another: `quickstart_off` over `quickstart`. One for
+GPUs is made on a CPU, and one whose model has to be downloaded is made for the quickstart's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def layers(path: Path) -> list[str]:
     """The command line's `-c` options for a config: its own, after its base's if it is laid over
     one."""
-    if "model" in yaml.safe_load(path.read_text()):
+    if "class_path" in yaml.safe_load(path.read_text()).get("model", {}):
         return ["-c", str(path)]
     return [*layers(path.with_stem(path.stem.rpartition("_")[0])), "-c", str(path)]
 

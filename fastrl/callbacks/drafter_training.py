@@ -247,7 +247,8 @@ class DrafterTraining(Callback):
         """The step itself; values in the order of `LOSS_NAMES`."""
         drafter, optimizer = self._learner()
         sequences = self.buffer.sample(self._generator, self.tokens_per_step)
-        packed = fold_segments(pack_sequences(sequences, self.tokens_per_step))
+        target_size = drafter.config.hidden_size
+        packed = fold_segments(pack_sequences(sequences, self.tokens_per_step, target_size))
         result = row_loss(drafter, policy, packed, self.loss)
         optimizer.zero_grad(set_to_none=True)
         result.loss.backward()  # type: ignore[no-untyped-call]

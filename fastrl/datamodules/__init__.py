@@ -3,6 +3,7 @@
 from fastrl.datamodules.dataset_prompts import DatasetPrompts
 from fastrl.datamodules.features import FeatureDataModule
 from fastrl.datamodules.jsonl_prompts import JsonlPrompts
+from fastrl.datamodules.mixed_prompts import MixedPrompts
 from fastrl.datamodules.prompts import PromptSource
 from fastrl.datamodules.reasoning_gym_prompts import ReasoningGymPrompts
 from fastrl.datamodules.rewards import (
@@ -19,6 +20,7 @@ __all__ = [
     "ExactMatchReward",
     "FeatureDataModule",
     "JsonlPrompts",
+    "MixedPrompts",
     "PromptSource",
     "ReasoningGymPrompts",
     "ReasoningGymReward",

@@ -29,6 +29,7 @@ def feature_identity(
     tokens_per_forward: int,
     prompts_per_shard: int,
     precision: str,
+    kept_as: str,
     seed: int,
 ) -> dict[str, str]:
     """By name, for the message that says what differs.
@@ -44,6 +45,7 @@ def feature_identity(
         tokens_per_forward: which sequences share a forward.
         prompts_per_shard: and a shard.
         precision: of the target's forward, Lightning's name.
+        kept_as: dtype of the hidden states.
         seed: of the tokens sampled.
     """
     asked = [
@@ -58,7 +60,7 @@ def feature_identity(
         "prompts": _digest(repr(entry).encode() for entry in asked),
         "sampling": f"{how}, {num_samples} of {max_tokens} tokens, seed {seed}",
         "shard size": f"{prompts_per_shard} prompts, {tokens_per_forward} tokens a forward",
-        "precision": precision,
+        "precision": f"{precision}, kept as {kept_as}",
         "layers": str(list(layers)),
     }
 

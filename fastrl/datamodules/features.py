@@ -8,24 +8,29 @@ of which is one optimizer step. A row ends with its shard. Position in that endl
 number, which checkpoints hold.
 
 Of several ranks each has its own share of the prompts, and shards, order and cache of its own: they
-exchange nothing here. Leaves out storage (feature_cache.py), the target's forward and packing
-(fastrl/rollout/drafters).
+exchange nothing here. While a step is computed, the next row is read and packed in a thread,
+unless the target or the engine has to run for it. Leaves out storage (feature_cache.py), the
+target's forward and packing (fastrl/rollout/drafters).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl.datamodules.chat_template import context_length, load_tokenizer, tokenize_questions
 from fastrl.datamodules.feature_cache import FeatureCache
 from fastrl.datamodules.feature_identity import feature_identity
 from fastrl.datamodules.prompts import PromptCursor, PromptSource
+from fastrl.datamodules.read_ahead import ReadAhead
 from fastrl.datamodules.shard_order import ShardOrder, rank_share, row_length
 from fastrl.datamodules.streams import BatchLoader, load_batches
 from fastrl.model_files import resolve_model
@@ -42,6 +47,8 @@ from fastrl.types import Prompt, SamplingParams, SequenceFeatures, TokenSequence
 TOKENS_PER_FORWARD = 4096
 """Of the target, padding included. Not `tokens_per_step`, so that this may change and the cache
 stand."""
+COUNTED_TOKENS = 2**18
+"""Of responses, over all ranks, by which a draft vocabulary is chosen."""
 _TRAIN, _HELD_OUT = "train", "held_out"
 
 
@@ -146,6 +153,7 @@ class FeatureDataModule(pl.LightningDataModule):
         self._held: tuple[str, list[SequenceFeatures]] = ("", [])
         """The training shard in memory, and its name."""
         self._cursor = PromptCursor()
+        self._ahead: ReadAhead[_Row] | None = None
         self._is_started = False
 
     # ---------------------------------------------------------------- prompts and shards
@@ -209,42 +217,97 @@ class FeatureDataModule(pl.LightningDataModule):
         """Lightning's own way would assign to the fields of a frozen record."""
         if isinstance(batch, list):
             return [row.to(device) for row in batch]
-        return batch.to(device)
+        return batch.to(device, non_blocking=True)
 
     def _training_row(self) -> PackedFeatures:
-        """The next row of the order that has a token to learn from."""
-        order = self._order()
+        """The next row of the order, by now perhaps made; the one after it is begun."""
         rl_step = self._source.rl_step
         position = self._cursor.at(rl_step)
+        if self._ahead is None:
+            self._ahead = ReadAhead(self._row_ahead)
+        row = self._ahead.take(position) or self._row_at(position)
+        assert row is not None, "a row that may run the target was not made"
+        self._cursor.taken(rl_step, row.after)
+        self._ahead.start(row.after)
+        return row.packed
+
+    def _row_ahead(self, position: int) -> _Row | None:
+        """In a thread."""
+        device = self._source.target.device
+        if device.type != "cuda":
+            return self._row_at(position, only_reads=True)
+        with torch.cuda.device(device):  # each thread starts at the first
+            row = self._row_at(position, only_reads=True)
+            return row and _Row(packed=row.packed.pin_memory(), after=row.after)
+
+    def _row_at(self, position: int, *, only_reads: bool = False) -> _Row | None:
+        """The first row from a position on that has a token to learn from; None if features had to
+        be made for it, but are only to be read."""
+        order = self._order()
         last = position + 2 * sum(order.sizes)
         while position < last:
             shard, members, after = order.at(position)
             name = _shard_name(_TRAIN, shard)
             if self._held[0] != name:
-                self._held = (name, self._features(_TRAIN, shard))
+                features = self._stored(name) if only_reads else self._features(_TRAIN, shard)
+                if features is None:
+                    return None
+                self._held = (name, features)
             sequences = [self._held[1][index] for index in members]
             num_taken = row_length(sequences, self.tokens_per_step)
             position += num_taken
             assert position <= after, f"a row took {num_taken} of {len(members)} sequences"
             if usable := _usable(sequences[:num_taken]):
-                self._cursor.taken(rl_step, position)
-                return fold_segments(pack_sequences(usable, self.tokens_per_step))
+                return _Row(packed=self._packed(usable), after=position)
         raise ValueError(
             "none of the training prompts has a response of any token to learn from; look at "
             "data.prompts, and at data.sampling.max_tokens"
         )
 
     def _held_out_rows(self, shard: int) -> list[PackedFeatures]:
+        if self._ahead is not None:
+            self._ahead.settle()
         sequences = _usable(self._features(_HELD_OUT, shard))
         rows: list[PackedFeatures] = []
         while sequences:
             num_taken = row_length(sequences, self.tokens_per_step)
-            packed = pack_sequences(sequences[:num_taken], self.tokens_per_step)
-            rows.append(fold_segments(packed))
+            rows.append(self._packed(sequences[:num_taken]))
             sequences = sequences[num_taken:]
         return rows
 
+    def _packed(self, sequences: Sequence[SequenceFeatures]) -> PackedFeatures:
+        hidden_size = self._source.target.config.get_text_config().hidden_size
+        return fold_segments(pack_sequences(sequences, self.tokens_per_step, hidden_size))
+
+    # ---------------------------------------------------------------- tokens that are drafted
+
+    def response_token_counts(self) -> dict[int, int]:
+        """How often which token comes in the first responses that are trained on, all ranks'.
+
+        Whole shards, until `COUNTED_TOKENS` were counted or a pass ends. All ranks ask together.
+        """
+        assert self.trainer is not None
+        order, counts, position = self._order(), Counter[int](), 0
+        enough = COUNTED_TOKENS / self._place()[1]
+        while position < sum(order.sizes) and counts.total() < enough:
+            shard, _, position = order.at(position)
+            for sequence in self._sequences(_TRAIN, shard):
+                counts.update(sequence.tokens_T[sequence.num_prompt_tokens :].tolist())
+        # Over the network as numbers by token; a model's vocabulary may exceed the tokenizer's.
+        vocab_size = self._source.target.config.get_text_config().vocab_size
+        counts_V = torch.zeros(vocab_size, dtype=torch.int64)
+        for token, count in counts.items():
+            counts_V[token] = count
+        strategy = self.trainer.strategy
+        total_V = strategy.reduce(counts_V.to(strategy.root_device), reduce_op="sum")
+        return {token: count for token, count in enumerate(cast(Tensor, total_V).tolist()) if count}
+
     # ---------------------------------------------------------------- features of a shard
+
+    def _stored(self, name: str) -> list[SequenceFeatures] | None:
+        """From the cache, if that is open and has them."""
+        stored = self._cache.read(name) if self._cache is not None else None
+        return stored.features if stored is not None else None
 
     def _features(self, split: str, shard: int) -> list[SequenceFeatures]:
         """From the cache, or made: responses, then the target's forward, in its precision."""
@@ -253,8 +316,7 @@ class FeatureDataModule(pl.LightningDataModule):
         stored = cache.read(name) if cache is not None else None
         if stored is not None and stored.features is not None:
             return stored.features
-        known = stored.sequences if stored is not None else self._generated.get(name)
-        sequences = known or self._responses(self._shards[split][shard])
+        sequences = stored.sequences if stored is not None else self._made(split, shard)
         assert self.trainer is not None
         with self.trainer.precision_plugin.forward_context():
             features = sequence_features(
@@ -262,6 +324,7 @@ class FeatureDataModule(pl.LightningDataModule):
                 sequences,
                 max_tokens=TOKENS_PER_FORWARD,
                 layers=self._source.feature_layers,
+                dtype=self._kept_dtype(),
             )
         # A shard that is kept without hidden states gets them once there is room: after
         # cache_gib was raised.
@@ -269,9 +332,22 @@ class FeatureDataModule(pl.LightningDataModule):
             is_kept = cache.write(name, features)
         else:
             is_kept = stored is not None
-        if not is_kept:
-            self._generated[name] = sequences
+        if is_kept:
+            self._generated.pop(name, None)
         return features
+
+    def _sequences(self, split: str, shard: int) -> list[TokenSequence]:
+        """Prompts and responses alone, from the cache or made."""
+        cache = self._opened_cache()
+        stored = cache.read(_shard_name(split, shard)) if cache is not None else None
+        return stored.sequences if stored is not None else self._made(split, shard)
+
+    def _made(self, split: str, shard: int) -> list[TokenSequence]:
+        """Responses are made once; remembered until the cache has them."""
+        name = _shard_name(split, shard)
+        if name not in self._generated:
+            self._generated[name] = self._responses(self._shards[split][shard])
+        return self._generated[name]
 
     def _opened_cache(self) -> FeatureCache | None:
         """Opened at the first use: the target comes after `setup`."""
@@ -289,11 +365,17 @@ class FeatureDataModule(pl.LightningDataModule):
                 tokens_per_forward=TOKENS_PER_FORWARD,
                 prompts_per_shard=self.prompts_per_shard,
                 precision=str(self.trainer.precision),
+                kept_as=str(self._kept_dtype()),
                 seed=self.seed,
             )
             folder = Path(self.cache_folder) / f"rank-{rank}-of-{world_size}"
             self._cache = FeatureCache(folder, self.cache_gib / world_size, identity)
         return self._cache
+
+    def _kept_dtype(self) -> torch.dtype:
+        """Under autocast an LM head reads hidden states as bfloat16, whatever they are kept as."""
+        assert self.trainer is not None
+        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
 
     def _responses(self, prompts: Sequence[Prompt]) -> list[TokenSequence]:
         """Prompt-major, `num_samples` each."""
@@ -361,9 +443,21 @@ class FeatureDataModule(pl.LightningDataModule):
         self._close()
 
     def _close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         if self.engine is not None and self._is_started:
             self._is_started = False
             self.engine.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    """One optimizer step's."""
+
+    packed: PackedFeatures
+    after: int
+    """Position in the order at which the next row begins."""
 
 
 def _shard_name(split: str, shard: int) -> str:

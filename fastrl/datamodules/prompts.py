@@ -1,8 +1,9 @@
 """Where questions come from and in which order a run asks them.
 
 A `PromptSource` reads or generates questions, split into training and held-out ones; its kinds are
-`ReasoningGymPrompts`, `JsonlPrompts` and `DatasetPrompts`. `PromptOrder` and `PromptCursor` decide
-which of the training questions an RL step takes. Leaves out tokenization (chat_template.py).
+`ReasoningGymPrompts`, `JsonlPrompts` and `DatasetPrompts`, and `MixedPrompts` joins several.
+`PromptOrder` and `PromptCursor` decide which of the training questions an RL step takes. Leaves out
+tokenization (chat_template.py).
 """
 
 from __future__ import annotations

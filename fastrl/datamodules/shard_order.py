@@ -5,6 +5,7 @@ Leaves out what a shard holds (features.py).
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class ShardOrder:
                 break
             offset -= self.sizes[shard]
         members = _shuffled(self.sizes[shard], f"sequences/{self.seed}/{pass_index}/{shard}")
-        return shard, members[offset:], position + self.sizes[shard] - offset
+        return shard, list(members[offset:]), position + self.sizes[shard] - offset
 
 
 def rank_share(num_items: int, seed: int, rank: int, world_size: int) -> list[int]:
@@ -47,7 +48,7 @@ def rank_share(num_items: int, seed: int, rank: int, world_size: int) -> list[in
             f"{num_items} prompts are too few for {world_size} ranks; give more prompts, or lower "
             f"trainer.devices"
         )
-    return _shuffled(num_items, f"prompts/{seed}")[rank::world_size]
+    return list(_shuffled(num_items, f"prompts/{seed}")[rank::world_size])
 
 
 def row_length(features: Sequence[SequenceFeatures], max_pairs: int) -> int:
@@ -60,7 +61,8 @@ def row_length(features: Sequence[SequenceFeatures], max_pairs: int) -> int:
     return len(features)
 
 
-def _shuffled(count: int, seed: str) -> list[int]:
+@functools.lru_cache(maxsize=8)  # asked for again with every row of a shard
+def _shuffled(count: int, seed: str) -> tuple[int, ...]:
     order = list(range(count))
     random.Random(seed).shuffle(order)
-    return order
+    return tuple(order)

@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from lightning import LightningModule
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from fastrl.datamodules.chat_template import load_tokenizer
 from fastrl.model_files import resolve_model
 from fastrl.modules import checkpoint_header
 from fastrl.modules.loading import check_model_folder, load_causal_lm
@@ -46,9 +47,20 @@ from fastrl.rollout.drafters.training import (
     row_loss,
     shared_weights,
 )
+from fastrl.rollout.drafters.vocabulary import most_counted
+from fastrl.rollout.end_of_sequence import eos_token_ids
 
 MAX_DEPTH = 6
 """Of the held-out figures."""
+
+
+@runtime_checkable
+class _CountsTokens(Protocol):
+    """What a draft vocabulary is chosen by."""
+
+    def response_token_counts(self) -> dict[int, int]:
+        """Of all ranks' responses."""
+        ...
 
 
 class DrafterModule(LightningModule):
@@ -62,6 +74,9 @@ class DrafterModule(LightningModule):
         drafter_path: Folder of the drafter to start from, of any kind; null: a new one, of random
             weights.
         kind: Of a new drafter.
+        draft_vocab_size: Tokens that a new drafter drafts: those that come most often in the first
+            responses it is trained on, and those that end one; null: all. A multiple of 64 suits
+            GPUs.
         optimizer: AdamW, its learning rate over optimizer steps ("RL steps" there), gradient
             clipping.
         loss: How many depths of a draft are trained, and the weight of hidden states.
@@ -77,6 +92,7 @@ class DrafterModule(LightningModule):
         output: str,
         drafter_path: str | None = None,
         kind: Literal["eagle", "eagle3"] = "eagle",
+        draft_vocab_size: int | None = None,
         optimizer: OptimizerSettings = OptimizerSettings(lr=1e-4, schedule="cosine"),  # noqa: B008
         loss: LossSettings = LossSettings(),  # noqa: B008  (frozen)
         seed: int = 0,
@@ -87,6 +103,14 @@ class DrafterModule(LightningModule):
         self.output = Path(output)
         self.drafter_path = drafter_path
         self.kind = kind
+        if draft_vocab_size is not None and (drafter_path is not None or draft_vocab_size < 1):
+            raise ValueError(
+                f"draft_vocab_size {draft_vocab_size} with drafter_path {drafter_path}: expected a "
+                f"positive size, of a new drafter; scripts/trim_vocabulary.py trims one that there "
+                f"is, for drafter_path alone"
+            )
+        self.draft_vocab_size = draft_vocab_size
+        self._is_vocabulary_due = draft_vocab_size is not None
         self.optimizer_settings = optimizer
         self.loss_settings = loss
         self.seed = seed
@@ -118,11 +142,50 @@ class DrafterModule(LightningModule):
         shared_weights(target)
         if self.drafter_path is None:
             drafter_class = Eagle3Drafter if self.kind == "eagle3" else EagleDrafter
-            self.drafter = drafter_class.for_target(target.config, seed=self.seed)
+            size = self.draft_vocab_size
+            self.drafter = drafter_class.for_target(
+                target.config,
+                seed=self.seed,
+                token_ids=None if size is None else range(size),  # until they are counted
+            )
+            self._start_head(target)
         else:
             self.drafter = load_drafter(self.drafter_path, target.config)
         self.drafter.to(torch.float32)
         self._target = (target,)
+
+    def _start_head(self, target: PreTrainedModel) -> None:
+        norm = target.base_model.get_submodule("norm")
+        self.drafter.start_head(shared_weights(target)[1], cast(Tensor, norm.weight))
+
+    def _choose_vocabulary(self) -> None:
+        """Once, of a new run: a resumed one has its own. All ranks choose the same."""
+        if not self._is_vocabulary_due:
+            return
+        assert self.draft_vocab_size is not None
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, _CountsTokens):
+            raise ValueError(
+                f"draft_vocab_size counts the responses of a FeatureDataModule, got "
+                f"{type(data).__name__}; pass one to Trainer.fit(datamodule=...)"
+            )
+        counts = data.response_token_counts()
+        chosen = most_counted(
+            counts,
+            vocab_size=self.drafter.config.vocab_size,
+            size=self.draft_vocab_size,
+            always=eos_token_ids(
+                self.model_path, self.target.config, load_tokenizer(self.model_path)
+            ),
+        )
+        self.drafter.reassign_vocabulary(chosen.token_ids, "a new drafter")
+        self._start_head(self.target)
+        self._is_vocabulary_due = False
+        rank_zero_info(
+            f"the draft vocabulary is {self.draft_vocab_size} of "
+            f"{self.drafter.config.vocab_size} tokens, {chosen.coverage:.2%} of the "
+            f"{sum(counts.values())} that were counted"
+        )
 
     def on_fit_start(self) -> None:
         """Check strategy, precision and the output folder, before anything is generated."""
@@ -142,10 +205,12 @@ class DrafterModule(LightningModule):
                 f"over; give another folder, or remove it"
             )
         self._bring_target()
+        self._choose_vocabulary()
 
     def on_validation_start(self) -> None:
         """The target goes where the drafter is."""
         self._bring_target()
+        self._choose_vocabulary()
         self._held_out = torch.zeros(3, MAX_DEPTH, dtype=torch.float64, device=self.device)
 
     def _bring_target(self) -> None:
@@ -258,7 +323,13 @@ class DrafterModule(LightningModule):
         checkpoint_header.check_header(
             checkpoint, type(self), self.target.config, is_resume=is_resume
         )
-        self.drafter.check_reads_the_same(checkpoint["drafter_reads"])
+        reads = checkpoint["drafter_reads"]
+        token_map_F = reads["token_map"]
+        is_of_this_size = token_map_F is not None and len(token_map_F) == self.draft_vocab_size
+        if self._is_vocabulary_due and is_of_this_size:
+            self.drafter.reassign_vocabulary(token_map_F, "the resumed checkpoint")
+            self._is_vocabulary_due = False
+        self.drafter.check_reads_the_same(reads)
         self.rl_step = checkpoint["rl_step"]
 
     def _write_drafter(self) -> None:

@@ -4,6 +4,8 @@ transformers' decoder layers call it with fresh queries, keys and values; keywor
 model's forward reach it unchanged, and `kv_view` among them says where keys and values go and what
 each query may see. Without a `kv_view` it is plain SDPA, so the same module also trains.
 
+`attend` is that attention itself, for forwards that are not transformers' too.
+
 Source: transformers' `AttentionInterface` (docs: attention_interface). Shape legend: types.py.
 """
 
@@ -24,6 +26,8 @@ CACHED_ATTENTION = "fastrl_cached"
 
 _UNSUPPORTED = ("s_aux", "softcap")
 """Arguments of transformers' attention functions that change its result: sinks, capped scores."""
+_MOST_FOLDED = 16
+"""Queries up to which a CPU gains by folding: beyond, its kernel is as fast without."""
 
 
 class KVView(Protocol):
@@ -67,15 +71,46 @@ def cached_attention(
             f"does not compute; use the SGLang engine for this architecture"
         )
     keys, values = kv_view.update(module.layer_idx, key, value)  # type: ignore[arg-type]
-    output = scaled_dot_product_attention(
-        query,
-        keys,
-        values,
-        attn_mask=kv_view.additive_mask(sliding_window, query.dtype),
-        scale=scaling,
-        enable_gqa=query.shape[1] != keys.shape[1],
+    mask = kv_view.additive_mask(sliding_window, query.dtype)
+    return attend(query, keys, values, mask, scaling).transpose(1, 2), None
+
+
+def attend(
+    query_BHTd: Tensor,
+    keys_BHSd: Tensor,
+    values_BHSd: Tensor,
+    mask_B1TS: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Attention of grouped query heads, [B, H, T, d].
+
+    PyTorch's kernel for CPUs reads keys and values once for each query head, and slowly where
+    there are few queries. There the query heads that share a key head become queries of one head:
+    the same sums in the same order.
+
+    Args:
+        query_BHTd: of H heads, a multiple of those of keys and values; consecutive ones share one.
+        mask_B1TS: added to the scores; None for none.
+        scale: of the scores; None for 1 / sqrt(d).
+    """
+    num_rows, num_heads, num_tokens, head_dim = query_BHTd.shape
+    group_size = num_heads // keys_BHSd.shape[1]
+    is_folded = group_size > 1 and num_tokens <= _MOST_FOLDED and query_BHTd.device.type == "cpu"
+    if is_folded:
+        query_BHTd = query_BHTd.reshape(num_rows, -1, group_size * num_tokens, head_dim)
+        if mask_B1TS is not None:
+            mask_B1TS = mask_B1TS.repeat(1, 1, group_size, 1)
+    output_BHTd = scaled_dot_product_attention(
+        query_BHTd,
+        keys_BHSd,
+        values_BHSd,
+        attn_mask=mask_B1TS,
+        scale=scale,
+        enable_gqa=group_size > 1 and not is_folded,
     )
-    return output.transpose(1, 2), None
+    if is_folded:
+        output_BHTd = output_BHTd.reshape(num_rows, num_heads, num_tokens, head_dim)
+    return output_BHTd
 
 
 AttentionInterface.register(CACHED_ATTENTION, cached_attention)

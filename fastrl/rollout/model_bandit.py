@@ -129,16 +129,16 @@ class ModelBased(Bandit):
     # -- costs ------------------------------------------------------------------------------------
 
     def cost_queries(self, max_batch_size: int, max_context: int) -> Sequence[CostQuery]:
-        """Every arm at 1, 4, 16, … rows, up to the most there may be, and at few rows in a long
+        """Every arm at 1, 4, 16, … rows, up to the most it may have, and at few rows in a long
         context, where there will be any; none twice."""
-        sizes = [4**power for power in range(10) if 4**power < max_batch_size]
         short, long = min(_SHORT_CONTEXT, max_context), min(_MOST_LONG_CONTEXT, max_context)
         long_sizes = sorted({min(size, max_batch_size) for size in _LONG_CONTEXT_ROWS})
         queries = []
         for index, arm in enumerate(self.arms):
+            most = int(min(max_batch_size, self._max_batch[index]))
             shapes = [
                 (size, short)
-                for size in (*sizes, max_batch_size)
+                for size in (*(4**power for power in range(10) if 4**power < most), most)
                 if not self._cost.covers_batch(index, size)
             ]
             if long >= _LEAST_LONG_CONTEXT and not self._cost.covers_context(index, long):

@@ -6,14 +6,24 @@ depend on how it was computed, batched or speculated, up to floating-point diffe
 (laws 1, 2 and 4 of docs/architecture.md).
 
 Filters apply in the order of vLLM and SGLang: temperature, top-k, top-p, min-p, each on the
-renormalized outcome of the one before. Shape legend: fastrl/types.py; `*` is any number of leading
-dimensions.
+renormalized outcome of the one before. Each is a lowest logit, so that tokens that are equally
+likely are kept or dropped together, and none depends on an order of token ids:
+
+- top-k keeps a token than which fewer than k are more likely,
+- top-p keeps one if those more likely have less than p of the probability together,
+- min-p keeps one that is at least that share as likely as the most likely.
+
+SGLang's rows have parameters of their own (`RowSampling`); all rows of ours have the same. Shape
+legend: fastrl/types.py; `*` is any number of leading dimensions, R rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +31,8 @@ from torch import Tensor
 from fastrl.types import SamplingParams
 
 _CDF_BLOCK = 1024
+_ROWS_AT_ONCE = 128
+"""That are sorted, of a vocabulary of 150k tokens half a GiB with what sorting takes."""
 # SplitMix64 (Steele, Lea, Flood 2014), its constants as signed 64-bit integers.
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -45,7 +57,7 @@ def log_distribution(
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     if is_filtered(sampling):
-        dropped = _dropped_tokens(logits.detach(), sampling)
+        dropped = _dropped_tokens(logits.detach(), RowSampling.alike(sampling, logits.device))
         if keep is not None:
             dropped = dropped.scatter(-1, keep.unsqueeze(-1), False)
         logits = logits.masked_fill(dropped, -math.inf)
@@ -57,23 +69,115 @@ def is_filtered(sampling: SamplingParams) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
 
 
-def _dropped_tokens(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """[*, V] bool: tokens that the filters exclude; the most likely token never is."""
-    dropped = torch.zeros_like(logits, dtype=torch.bool)
-    if 0 < sampling.top_k < logits.shape[-1]:
-        kth_logit = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        dropped = logits < kth_logit
-    if sampling.top_p < 1:
-        probs = logits.masked_fill(dropped, -math.inf).softmax(-1)
-        sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
-        mass_before = sorted_probs.cumsum(-1) - sorted_probs
-        dropped = dropped | torch.zeros_like(dropped).scatter(
-            -1, order, mass_before >= sampling.top_p
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowSampling:
+    """How each row of a batch samples, on the device; and what of it is known on the host."""
+
+    temperature: Tensor  # [R, 1] float32
+    """Not 0 in greedy rows either, where it says nothing."""
+    top_k: Tensor  # [R, 1] int64
+    """0 keeps all."""
+    top_p: Tensor  # [R, 1] float32
+    min_p: Tensor  # [R, 1] float32
+    is_greedy: Tensor  # [R, 1] bool
+    largest_top_k: int
+    """At least the largest of any row; 0 if none has one."""
+    has_top_p: bool
+    """Whether any row may have one below 1."""
+    has_min_p: bool
+    """Whether any row may have one."""
+    has_greedy: bool
+    """Whether any row may be greedy."""
+
+    @classmethod
+    def alike(cls, sampling: SamplingParams, device: torch.device) -> RowSampling:
+        """The same for all rows: tensors of one number."""
+
+        def one(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full((), value, dtype=dtype, device=device)
+
+        return cls(
+            temperature=one(sampling.temperature or 1.0),
+            top_k=one(sampling.top_k, torch.int64),
+            top_p=one(sampling.top_p),
+            min_p=one(sampling.min_p),
+            is_greedy=one(sampling.temperature == 0, torch.bool),
+            largest_top_k=sampling.top_k,
+            has_top_p=sampling.top_p < 1,
+            has_min_p=sampling.min_p > 0,
+            has_greedy=sampling.temperature == 0,
         )
-    if sampling.min_p > 0:
-        best_logit = logits.amax(-1, keepdim=True)
-        dropped = dropped | (logits < best_logit + math.log(sampling.min_p))
-    return dropped
+
+    def some(self, part: slice) -> RowSampling:
+        """Some of the rows."""
+        return self._changed(lambda one_R1: one_R1[part])
+
+    def repeated(self, times: int) -> RowSampling:
+        """Each row so many times, one after the other."""
+        return self._changed(lambda one_R1: one_R1.repeat_interleave(times, 0))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> RowSampling:
+        return dataclasses.replace(
+            self,
+            temperature=change(self.temperature),
+            top_k=change(self.top_k),
+            top_p=change(self.top_p),
+            min_p=change(self.min_p),
+            is_greedy=change(self.is_greedy),
+        )
+
+
+def exclude_tokens_(logits_RV: Tensor, sampling: RowSampling) -> None:
+    """Set the logits of tokens that a row's sampling excludes to -inf; others stay as they are.
+
+    Afterwards `softmax(logits / temperature)` is what `log_distribution` says, and a greedy row has
+    one token left. Rows are taken a few at a time, since sorting them takes several times their
+    memory; nothing waits for the device.
+    """
+    for start in range(0, len(logits_RV), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        some_RV, rows = logits_RV[part], sampling.some(part)
+        dropped_RV = _dropped_tokens(some_RV.float() / rows.temperature, rows)
+        if rows.has_greedy:
+            best_R1 = some_RV.argmax(-1, keepdim=True)
+            all_others_RV = torch.ones_like(dropped_RV).scatter_(-1, best_R1, False)
+            dropped_RV = torch.where(rows.is_greedy, all_others_RV, dropped_RV)
+        some_RV.masked_fill_(dropped_RV, -math.inf)
+
+
+def _dropped_tokens(logits: Tensor, rows: RowSampling) -> Tensor:
+    """[*, V] bool: tokens that the filters exclude; the most likely token never is.
+
+    Args:
+        logits: [*, V] float32, divided by the temperature.
+        rows: of each row, or of all alike.
+    """
+    lowest = logits.new_full((*logits.shape[:-1], 1), -math.inf)
+    if rows.largest_top_k > 0:
+        lowest = _lowest_of_top_k(logits, rows)
+    if rows.has_top_p:
+        left = logits.masked_fill(logits < lowest, -math.inf)
+        lowest = torch.maximum(lowest, _lowest_of_top_p(left, rows))
+    if rows.has_min_p:
+        lowest = torch.maximum(lowest, logits.amax(-1, keepdim=True) + rows.min_p.log())
+    return logits < lowest
+
+
+def _lowest_of_top_k(logits: Tensor, rows: RowSampling) -> Tensor:
+    """[*, 1]: the k-th best logit; -inf where all are kept."""
+    best = logits.topk(min(rows.largest_top_k, logits.shape[-1]), dim=-1).values
+    place = (rows.top_k - 1).clamp(0, best.shape[-1] - 1).expand(*best.shape[:-1], 1)
+    return torch.where(rows.top_k > 0, best.gather(-1, place), -math.inf)
+
+
+def _lowest_of_top_p(logits: Tensor, rows: RowSampling) -> Tensor:
+    """[*, 1]: the lowest logit of the smallest set of best ones; -inf where all are kept."""
+    ordered = logits.sort(dim=-1, descending=True).values
+    probs = ordered.softmax(-1)
+    mass_before = probs.cumsum(-1) - probs
+    num_kept = (mass_before < rows.top_p).sum(-1, keepdim=True)
+    last = (num_kept - 1).clamp(min=0)  # of logits that are no numbers none is kept
+    return torch.where(rows.top_p < 1, ordered.gather(-1, last), -math.inf)
 
 
 def sample_inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from typing import Any
 from fastrl.rollout.bandit_base import Bandit
 from fastrl.rollout.engine import CostQuery, StrategySelector
 from fastrl.rollout.sglang_calls import ModelInfo
+from fastrl.rollout.sglang_filters import sglang_filters
 from fastrl.rollout.sglang_steps import Rehearsal, SessionReport
 from fastrl.rollout.shared_process import SharedProcess, SharedRequests, SharedResponses
 from fastrl.types import SamplingParams
@@ -194,8 +195,7 @@ def _random_prompts(num_prompts: int, num_tokens: int, vocab_size: int) -> list[
 def _endless(sampling: SamplingParams, num_tokens: int) -> dict[str, Any]:
     """SGLang's sampling parameters of a row that nothing ends before so many tokens."""
     return {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k or -1,
+        **sglang_filters(sampling),
         "max_new_tokens": num_tokens,
         "ignore_eos": True,
         "sampling_seed": 0,

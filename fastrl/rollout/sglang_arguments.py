@@ -39,7 +39,11 @@ def checked_strategies(
 
 
 def strategy_pool(
-    selector: StrategySelector, max_batch_size: int, *, bucketed_graphs: bool = True
+    selector: StrategySelector,
+    max_batch_size: int,
+    *,
+    bucketed_graphs: bool = True,
+    unread_gib: float = 1.0,
 ) -> StrategyPool | None:
     """What to prepare SGLang for so that the selector can choose at each step; None for one that
     always runs the same, which stock SGLang does."""
@@ -50,7 +54,7 @@ def strategy_pool(
     for tree in trees:
         limit = selector.largest_batch(tree) if isinstance(selector, Bandit) else None
         limits[tree] = None if limit is None or limit >= max_batch_size else limit
-    return StrategyPool(largest_batch=limits, is_bucketed=bucketed_graphs)
+    return StrategyPool(largest_batch=limits, is_bucketed=bucketed_graphs, unread_gib=unread_gib)
 
 
 def speculation_arguments(

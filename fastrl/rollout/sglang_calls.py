@@ -16,15 +16,16 @@ from fastrl.rollout.sampling import request_key
 from fastrl.rollout.sglang_rollouts import (
     as_rollout,
     check_prompt,
-    check_sampling,
     counted_statistics,
     longest_sequence,
-    num_top_logprobs,
     sglang_sampling,
     statistics,
 )
 from fastrl.rollout.shared_process import GenerateRequest, SharedResponses
 from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams
+
+_WHOLE_CALL = -1
+"""Stands for a prompt's id."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,19 +68,17 @@ class GenerateCall:
         """Prompt and sample index of each response, prompt-major."""
         return [(prompt, index) for prompt in self.prompts for index in range(self.num_samples)]
 
-    def options(self, model: ModelInfo) -> dict[str, Any]:
-        """Of the whole call, in the engine's process."""
-        return {
-            "num_top_logprobs": num_top_logprobs(self.sampling, model.config.vocab_size),
-            "return_hidden_states": self.return_hidden_states,
-        }
+    def options(self, *, seeds_tokens: bool) -> dict[str, Any]:
+        """Of the whole call, in the engine's process; where SGLang seeds no token by its request,
+        its generators get a seed for the call."""
+        seed = None if seeds_tokens else request_key(self.seed, self.rl_step, _WHOLE_CALL, 0)
+        return {"return_hidden_states": self.return_hidden_states, "generator_seed": seed}
 
     def requests(self, model: ModelInfo) -> list[GenerateRequest]:
         """One for each response.
 
-        Raises ValueError for what SGLang does not sample exactly, or has no room for.
+        Raises ValueError for what SGLang has no room for.
         """
-        check_sampling(self.sampling)
         for prompt in self.prompts:
             check_prompt(
                 prompt,

@@ -8,9 +8,9 @@ records are translated in sglang_calls.py and sglang_rollouts.py. With a selecto
 bandit, set before `start`) SGLang runs FastRL's plugin (sglang_plugin.py, sglang_worker.py), which
 asks it before each decode step; sglang_adaptation.py brings it there and back.
 
-Randomness is seeded by request, and so reproducible as long as the strategies are; but with
-speculation on SGLang draws other numbers than with it off: the distribution is the same, the tokens
-are not.
+Randomness is seeded by request, or without `deterministic` by call, and so reproducible as long as
+the strategies (and the batches) are; but with speculation on SGLang draws other numbers than with
+it off: the distribution is the same, the tokens are not.
 """
 
 from __future__ import annotations
@@ -56,13 +56,17 @@ class SGLangEngine:
         attention_backend: SGLang's attention kernels ('triton', 'fa3', 'flashinfer'); null: its
             default.
         deterministic: Seed every token, so that rollouts of one strategy repeat whatever the batch;
-            costs speed (SGLang's batch-invariant kernels). Without it tokens depend on the batch
-            and the run; under a bandit, whose choices rest on measured times, they do either way.
+            costs speed (SGLang's batch-invariant kernels). Without it each `generate` call seeds
+            SGLang's generators, and its tokens repeat as far as its batches do: which requests a
+            step finds in the queue is a matter of time. Under a bandit, whose choices rest on
+            measured times, nothing repeats either way.
         hidden_states: Whether rollouts can be asked for hidden states; SGLang prepares for it at
             its start.
         memory_saver: Whether `sleep` can give memory back; needs the package torch-memory-saver.
         bucketed_graphs: Whether a bandit's strategies share CUDA graphs of equal shapes, and have
             them only for batch sizes in which each may be chosen; false: all for each, to compare.
+        unread_gib: Device memory for hidden states of plain steps that the drafter has not read,
+            in GiB: the more it holds, the less is read in vain. At least 32 tokens a row are kept.
         bucket_mib: Most MiB of weights published in one message.
         start_timeout_s: Seconds an engine may take to start.
         generate_timeout_s: Seconds a `generate` call may take before the engine is taken to hang.
@@ -85,6 +89,7 @@ class SGLangEngine:
         hidden_states: bool = False,
         memory_saver: bool = False,
         bucketed_graphs: bool = True,
+        unread_gib: float = 1.0,
         bucket_mib: int = 512,
         start_timeout_s: float = 600.0,
         generate_timeout_s: float = 3600.0,
@@ -109,6 +114,7 @@ class SGLangEngine:
             hidden_states=hidden_states,
             memory_saver=memory_saver,
             bucketed_graphs=bucketed_graphs,
+            unread_gib=unread_gib,
             bucket_mib=bucket_mib,
             start_timeout_s=start_timeout_s,
             generate_timeout_s=generate_timeout_s,
@@ -120,6 +126,7 @@ class SGLangEngine:
         self._drafter_watch = DrafterWatch()
         self._is_drafter_rejected = False
         self._num_probe_steps = 0
+        self._is_asleep = False
         self._running: RunningEngine | None = None
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -149,12 +156,13 @@ class SGLangEngine:
                     self.strategy_selector,
                     self._options.max_batch_size,
                     bucketed_graphs=self._options.bucketed_graphs,
+                    unread_gib=self._options.unread_gib,
                 ),
                 drafter_path=self.drafter_path,
             )
 
         running = start_engine(request, self._options, group)
-        self._running = running
+        self._running, self._is_asleep = running, False
         self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
         if running.drafter is not None:
             self._drafter_watch.start(
@@ -175,8 +183,9 @@ class SGLangEngine:
         """Send the policy's weights, bucket by bucket; the drafter's embedding and LM head follow.
 
         Raises ValueError naming missing, unknown and misshapen tensors: then the engine generates
-        nothing until all are sent.
+        nothing until all are sent; and while it sleeps.
         """
+        self._check_awake("load_policy")
         self._started().weights.publish_policy(named_tensors, version)
         events = self._events
         self._events = dataclasses.replace(events, policy_loads=events.policy_loads + 1)
@@ -188,6 +197,7 @@ class SGLangEngine:
         Raises ValueError as `load_policy` does, and where ranks that share the engine hold
         different drafters.
         """
+        self._check_awake("load_drafter")
         running = self._started()
         if self._is_drafter_rejected:
             self._is_drafter_rejected = False
@@ -277,10 +287,12 @@ class SGLangEngine:
             )
         running.weights.lose()
         running.process.call("sleep", MESSAGE_TIMEOUT_S)
+        self._is_asleep = True
 
     def wake(self) -> None:
         """Take the memory again; `generate` refuses until the weights are published."""
         self._started().process.call("wake", MESSAGE_TIMEOUT_S)
+        self._is_asleep = False
         self._events = dataclasses.replace(self._events, wakes=self._events.wakes + 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -305,6 +317,13 @@ class SGLangEngine:
         if self._running is None:
             raise ValueError("the engine is not started: call start(model_path) first")
         return self._running
+
+    def _check_awake(self, method: str) -> None:
+        if self._is_asleep:
+            raise ValueError(
+                f"{method}: the engine sleeps, and has given the memory of its weights back; call "
+                f"wake() first"
+            )
 
     def _strategies_to_run(self) -> tuple[DraftStrategy, ...]:
         wanted = checked_strategies(self.strategy_selector, self.drafter_path)
@@ -333,7 +352,7 @@ class SGLangEngine:
 
         Raises:
             ValueError: before `start` or `load_policy`, for a prompt that is empty or leaves no
-                room for a response, or for what stock SGLang cannot sample exactly.
+                room for a response.
             EngineError: SGLang died, or took longer than generate_timeout_s; it must be started
                 anew.
         """
@@ -367,7 +386,9 @@ class SGLangEngine:
                 take_back(selector, responses.report)
             return call.rollouts(responses, model, self.policy_version)
 
-        asked = running.process.gather_requests(requests, call.options(model))
+        asked = running.process.gather_requests(
+            requests, call.options(seeds_tokens=self._options.deterministic)
+        )
         responses = generate_under(
             self._deciding(selector, running),
             asked,

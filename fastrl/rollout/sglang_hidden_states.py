@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrl.rollout.sglang_hooks import hook_in
+
 _PROCESSOR = (
     "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 )
@@ -123,11 +125,9 @@ class ChunkKeeper:
 
 def keep_all_chunks() -> None:
     """Have it done in every scheduler that this process starts; a plugin of SGLang's calls it."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     keeper = ChunkKeeper()
     for method, hook in (
         ("process_batch_result_prefill", keeper.of_batch),
         ("_append_prefill_hidden_states", keeper.of_request),
     ):
-        HookRegistry.register(f"{_PROCESSOR}.{method}", hook, HookType.AROUND)
+        hook_in(f"{_PROCESSOR}.{method}", hook, "around")

@@ -25,8 +25,6 @@ from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sglang_comparison import COMPARERS, REMEMBERERS, is_drafter
 from fastrl.rollout.sglang_hidden_states import in_order
@@ -65,8 +63,7 @@ class EngineHost:
 
         server_args = dict(server_args)
         self._has_own_head = "speculative_token_map" in server_args
-        if pool is not None or server_args["enable_return_hidden_states"] or self._has_own_head:
-            _check_plugin()
+        _check_plugin()
         if pool is not None:
             pool.write_to(os.environ)
         loaders = list(server_args.get("custom_weight_loader") or [])
@@ -75,6 +72,7 @@ class EngineHost:
             loaders.append(DRAFTER_LOADER)
         server_args["custom_weight_loader"] = loaders
         self._engine = sglang.Engine(**server_args)
+        self._check_hooks()
         scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
         return StartedEngine(
             sglang_version=self._version_text,
@@ -88,8 +86,8 @@ class EngineHost:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sequence[Mapping[str, Any]],
-        num_top_logprobs: int,
         return_hidden_states: bool,
+        generator_seed: int | None,
         selector: StrategySelector | None,
     ) -> tuple[list[RawResponse], SessionReport | None]:
         """One response a prompt; with a selector, which chooses each step's strategy, what the
@@ -100,6 +98,8 @@ class EngineHost:
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
+        if generator_seed is not None:
+            self._ask("seed_generators", seed=generator_seed)
         if selector is not None:
             self._ask("begin", selector=selector, rehearsal=None)
         keys = [f"{time.monotonic_ns()}-{number}" for number in range(len(prompts))]
@@ -109,7 +109,6 @@ class EngineHost:
                 input_ids=list(prompt),
                 sampling_params=dict(parameters),
                 return_logprob=True,
-                top_logprobs_num=num_top_logprobs,
                 return_hidden_states=return_hidden_states,
                 extra_key=key if return_hidden_states else None,
             )
@@ -121,7 +120,7 @@ class EngineHost:
             report = self._ask("finish")
         steps = {} if report is None else report.requests
         raws = [
-            _raw_response(answer, len(prompt), num_top_logprobs)
+            _raw_response(answer, len(prompt))
             for answer, prompt in zip(answers, prompts, strict=True)
         ]
         if report is not None:  # one that ended with its prefill has none
@@ -157,6 +156,14 @@ class EngineHost:
         self._flush()
         return report
 
+    def _check_hooks(self) -> None:
+        """SGLang only logs a hook that it could not apply."""
+        if missing := self._ask("hooks_not_in_force"):
+            raise RuntimeError(
+                f"SGLang {self._version_text} did not apply FastRL's hooks of {missing}, and would "
+                f"go on without them; its log says why"
+            )
+
     def serve_graph_memory(self) -> dict[str, float]:
         """GiB that each strategy's graphs and buffers took."""
         gib: dict[str, float] = self._ask("graph_memory")
@@ -175,6 +182,12 @@ class EngineHost:
         if not connection.poll(1000 * _RPC_TIMEOUT_S):
             raise TimeoutError(f"SGLang's scheduler did not answer {method} in {_RPC_TIMEOUT_S} s")
         answer = transport.sock_recv(connection)
+        if not answer.success and f"no attribute '{RPC_PREFIX}" in answer.message:
+            raise RuntimeError(
+                "FastRL's plugin does not run in SGLang's scheduler, so that tokens would be "
+                "filtered, and hidden states kept, in SGLang's own ways: is it left out by the "
+                "variable SGLANG_PLUGINS? The log says whether it could not be loaded"
+            )
         if not answer.success:
             raise RuntimeError(f"FastRL's worker refused {method}: {answer.message}")
         return unpacked(answer.message)
@@ -280,9 +293,9 @@ def _check_plugin() -> None:
     """SGLang finds plugins by the metadata of installed packages."""
     if not any(found.name == "fastrl" for found in entry_points(group="sglang.srt.plugins")):
         raise RuntimeError(
-            f"SGLang finds no plugin of FastRL, which algorithm {ALGORITHM} and the hidden states "
-            f"of whole prompts come with: install the package in the environment of SGLang "
-            f"(pip install -e .), a PYTHONPATH does not do"
+            f"SGLang finds no plugin of FastRL, which algorithm {ALGORITHM}, filters of tokens and "
+            f"the hidden states of whole prompts come with: install the package in the environment "
+            f"of SGLang (pip install -e .), a PYTHONPATH does not do"
         )
 
 
@@ -295,25 +308,16 @@ def load_drafter_only(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> N
         model.load_weights(list(named_tensors))
 
 
-def _raw_response(
-    answer: Mapping[str, Any] | BaseException, num_prompt_tokens: int, num_top_logprobs: int
-) -> RawResponse:
+def _raw_response(answer: Mapping[str, Any] | BaseException, num_prompt_tokens: int) -> RawResponse:
     if isinstance(answer, BaseException):
         return _given_up(f"{type(answer).__name__}: {answer}")
     meta = answer["meta_info"]
     finish = meta["finish_reason"]
     if finish["type"] == "abort":
         return _given_up(finish["message"])
-    top_logprobs_TK = None
-    if num_top_logprobs:
-        top_logprobs_TK = np.array(
-            [[entry[0] for entry in best] for best in meta["output_top_logprobs"]],
-            dtype=np.float32,
-        ).reshape(-1, num_top_logprobs)
     return RawResponse(
         tokens=tuple(answer["output_ids"]),
         logprobs=tuple(entry[0] for entry in meta["output_token_logprobs"]),
-        top_logprobs_TK=top_logprobs_TK,
         finish_type=finish["type"],
         finish_detail=str(finish.get("matched", "")),
         num_cached_tokens=int(meta["cached_tokens"]),
@@ -328,7 +332,6 @@ def _given_up(why: str) -> RawResponse:
     return RawResponse(
         tokens=(),
         logprobs=(),
-        top_logprobs_TK=None,
         finish_type="abort",
         finish_detail=why,
         num_cached_tokens=0,

@@ -6,6 +6,7 @@ option means.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class SGLangOptions:
     hidden_states: bool
     memory_saver: bool
     bucketed_graphs: bool
+    unread_gib: float
     bucket_mib: int
     start_timeout_s: float
     generate_timeout_s: float
@@ -65,6 +67,10 @@ class SGLangOptions:
         ):
             if seconds <= 0:
                 raise ValueError(f"{name} must be > 0 seconds, got {seconds}; set engine.{name}")
+        if not 0 <= self.unread_gib < math.inf:
+            raise ValueError(
+                f"unread_gib must be >= 0 and finite, got {self.unread_gib}; set engine.unread_gib"
+            )
         share = self.mem_fraction_static
         if share is not None and not 0 < share < 1:
             raise ValueError(

@@ -36,9 +36,6 @@ from torch import Tensor
 from fastrl.rollout.sglang_pool import StrategyPool
 from fastrl.rollout.sglang_versions import move_read_done
 
-MOST_UNREAD_TOKENS = 64
-"""Tokens of a row that plain decoding leaves to the drafter to read at once, at most."""
-
 _PREFILL_TOKENS = 8192
 """What SGLang prefills at once where it was told no limit."""
 
@@ -96,8 +93,9 @@ class PlainSteps:
         self._reserved = max(pool.topk * pool.depth, pool.verify_tokens)
         prefill_tokens = worker.server_args.chunked_prefill_size
         self._tokens_at_once = prefill_tokens if (prefill_tokens or 0) > 0 else _PREFILL_TOKENS
-        shape = (num_rows, MOST_UNREAD_TOKENS)
         read_width = _width_of_target_states(self._drafter.draft_runner.model) or width
+        self._most_unread = pool.most_unread_tokens(num_rows, read_width * dtype.itemsize)
+        shape = (num_rows, self._most_unread)
         self._hidden_RWD = torch.zeros((*shape, read_width), dtype=dtype, device=self._device)
         self._token_RW = torch.zeros(shape, dtype=torch.int64, device=self._device)
         self._num_unread_R = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
@@ -180,7 +178,7 @@ class PlainSteps:
         carried.topk_p = self._no_topk_p_1K.expand(num_rows, -1)
         carried.topk_index = self._no_topk_index_1K.expand(num_rows, -1)
         carried.hidden_states = self._no_hidden_1D.expand(num_rows, -1)
-        if most < MOST_UNREAD_TOKENS:
+        if most < self._most_unread:
             # It waits for the drafter, which in this step reads nothing.
             move_read_done(self._target, to=self._drafter.draft_runner)
         else:

@@ -5,8 +5,8 @@ processes. It registers the algorithms `FASTRL` and `FASTRL3`, which are SGLang'
 EAGLE3 in all but the worker (sglang_worker.py), and lets the trainer's side talk to that worker
 over SGLang's RPC: a request whose method begins with `fastrl_` is answered by the worker, or by us,
 and its answer goes back in the message. An SGLang that runs another algorithm is left as it is, but
-for hidden states (sglang_hidden_states.py) and the drafter's embedding
-(sglang_shared_embedding.py).
+for its filters of tokens (sglang_filters.py), hidden states (sglang_hidden_states.py) and the
+drafter's embedding (sglang_shared_embedding.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from fastrl.rollout.sglang_filters import filter_as_we_do
 from fastrl.rollout.sglang_hidden_states import keep_all_chunks
+from fastrl.rollout.sglang_hooks import hook_in, not_in_force
 from fastrl.rollout.sglang_shared_embedding import (
     draft_head_difference,
     refresh_draft_head,
@@ -28,18 +30,27 @@ ALGORITHM = "FASTRL"
 ALGORITHM_3 = "FASTRL3"
 RPC_PREFIX = "fastrl_"
 
+
+def _seed_generators(scheduler: Any, seed: int) -> None:
+    """Those that tokens are drawn with where none has a seed of its own."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
 _ASKED_OF_ANY_WORKER: dict[str, Callable[..., Any]] = {
     "refresh_draft_head": refresh_draft_head,
     "draft_head_difference": draft_head_difference,
+    "seed_generators": _seed_generators,
+    "hooks_not_in_force": lambda scheduler: not_in_force(),
 }
-"""By method; of SGLang's own EAGLE worker too."""
+"""By method; of SGLang's own workers too."""
 
 _OWN_METHODS = frozenset({"register", "from_string", "create_worker", "handle_server_args"})
 
 
 def register() -> None:
     """Called by SGLang before it reads its arguments."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     for name, stock in (
@@ -52,11 +63,13 @@ def register() -> None:
         enter(_worker_class)
     share_embedding_early()
     keep_all_chunks()
-    HookRegistry.register(
-        "sglang.srt.managers.scheduler.Scheduler.handle_rpc_request",
-        _answer_rpc,
-        HookType.AROUND,
-    )
+    filter_as_we_do()
+    answer_requests()  # the last: where it is in force, so has been asked for all else
+
+
+def answer_requests() -> None:
+    """Those whose methods are ours, in every scheduler that this process starts."""
+    hook_in("sglang.srt.managers.scheduler.Scheduler.handle_rpc_request", _answer_rpc, "around")
 
 
 def _worker_class(server_args: Any) -> type:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fastrl.types import OFF, DraftStrategy
 
 _VARIABLE = "FASTRL_STRATEGIES"
+FEWEST_UNREAD, MOST_UNREAD = 32, 1024
+"""Tokens of a row that may wait for the drafter to read them, whatever memory they take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +27,8 @@ class StrategyPool:
     is_bucketed: bool = True
     """Whether strategies share CUDA graphs of equal shapes, and have them for batch sizes in which
     they may run; False gives each its own for all, to compare with."""
+    unread_gib: float = 1.0
+    """Device memory for what plain steps leave to the drafter to read."""
 
     def __post_init__(self) -> None:
         if not self.trees:
@@ -62,6 +66,18 @@ class StrategyPool:
         """Of the largest."""
         return max(tree.verify_tokens for tree in self.trees)
 
+    def most_unread_tokens(self, num_rows: int, bytes_per_token: int) -> int:
+        """Of a row, that plain steps leave to the drafter to read at once.
+
+        The more the better: what has ended before a tree comes is never read.
+
+        Args:
+            num_rows: of SGLang's request pool.
+            bytes_per_token: of the hidden states that the drafter reads.
+        """
+        fitting = int(self.unread_gib * 2**30) // (num_rows * bytes_per_token)
+        return min(max(fitting, FEWEST_UNREAD), MOST_UNREAD)
+
     def batch_sizes(self, strategy: DraftStrategy, captured: Sequence[int]) -> list[int]:
         """Those of the batch sizes to capture graphs for in which the strategy may run: graphs
         serve smaller batches by padding, so up to the first that holds its largest batch."""
@@ -75,7 +91,7 @@ class StrategyPool:
     def write_to(self, environment: MutableMapping[str, str]) -> None:
         """For processes that are started with the environment."""
         limits = {str(strategy): limit for strategy, limit in self.largest_batch.items()}
-        environment[_VARIABLE] = json.dumps([limits, self.is_bucketed])
+        environment[_VARIABLE] = json.dumps([limits, self.is_bucketed, self.unread_gib])
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> StrategyPool:
@@ -85,8 +101,9 @@ class StrategyPool:
                 f"{_VARIABLE} is not set: speculative algorithm FASTRL is started by FastRL's "
                 f"SGLangEngine, not by hand"
             )
-        limits, is_bucketed = json.loads(environment[_VARIABLE])
+        limits, is_bucketed, unread_gib = json.loads(environment[_VARIABLE])
         return cls(
             largest_batch={DraftStrategy.parse(text): limit for text, limit in limits.items()},
             is_bucketed=is_bucketed,
+            unread_gib=unread_gib,
         )

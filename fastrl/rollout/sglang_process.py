@@ -85,9 +85,7 @@ class RawResponse:
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of the tokens, under the temperature; filters left out."""
-    top_logprobs_TK: NDArray[np.float32] | None
-    """The K best at each position, where asked for; the sampled token's among them."""
+    """Of the tokens, under the distribution that was sampled."""
     finish_type: str
     """`stop` or `length`; `abort` for a request that SGLang gave up."""
     finish_detail: str

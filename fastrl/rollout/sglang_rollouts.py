@@ -1,8 +1,6 @@
 """Between our records and SGLang's: sampling parameters out, rollouts and statistics in.
 
-Pure functions. What stock SGLang does not compute as `fastrl/rollout/sampling.py` defines it is
-refused here. Its log-probabilities are those under the temperature alone; of the K best tokens at
-each position, with K = top_k, they are renormalized here to the distribution that was sampled.
+Pure functions. How tokens are sampled is settled in SGLang's scheduler (sglang_filters.py).
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastrl.rollout.sampling import log_distribution
+from fastrl.rollout.sglang_filters import sglang_filters
 from fastrl.rollout.sglang_process import RawResponse
 from fastrl.types import (
     OFF,
@@ -27,6 +25,8 @@ from fastrl.types import (
 )
 
 _NO_NUMBERS = "NaN happened"
+_NO_PROBABILITY = -1e30
+"""SGLang reports the lowest number there is instead of -inf."""
 _MARGIN = 2
 """SGLang ends a response that many tokens before the model's context, or its cache's end."""
 
@@ -51,21 +51,6 @@ def num_reserved(strategies: Sequence[DraftStrategy]) -> int:
     return max(num_drafted, *(one.verify_tokens for one in strategies))
 
 
-def check_sampling(sampling: SamplingParams) -> None:
-    """Raise ValueError for filters under which stock SGLang departs from our definition."""
-    if sampling.top_p < 1 or sampling.min_p > 0:
-        raise ValueError(
-            f"sampling top_p {sampling.top_p} and min_p {sampling.min_p}: stock SGLang applies "
-            f"them otherwise with speculation than without, and reports log-probabilities without "
-            f"them; use top_p 1 and min_p 0 (temperature and top_k are exact), or TorchEngine"
-        )
-
-
-def num_top_logprobs(sampling: SamplingParams, vocab_size: int) -> int:
-    """How many of the best tokens' log-probabilities are needed at each position."""
-    return min(sampling.top_k, vocab_size) if sampling.temperature > 0 else 0
-
-
 def sglang_sampling(
     sampling: SamplingParams,
     *,
@@ -76,8 +61,7 @@ def sglang_sampling(
 ) -> dict[str, Any]:
     """SGLang's sampling parameters for one request; `key` seeds its randomness."""
     return {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k or -1,
+        **sglang_filters(sampling),
         "max_new_tokens": min(sampling.max_tokens, max_sequence - num_prompt_tokens),
         "stop": list(sampling.stop) or None,
         "stop_token_ids": [*eos_token_ids, *sampling.stop_token_ids],
@@ -135,7 +119,7 @@ def as_rollout(
     `accept_lengths` are then sorted.
 
     Raises:
-        FloatingPointError: the policy's logits were not numbers.
+        FloatingPointError: the policy's logits were not numbers, or a token had no probability.
         RuntimeError: SGLang gave the request up, or hidden states of some tokens are missing.
     """
     name = f"prompt {prompt.prompt_id}, sample {sample_index}"
@@ -160,7 +144,7 @@ def as_rollout(
         prompt=prompt,
         sample_index=sample_index,
         tokens=raw.tokens,
-        logprobs=_logprobs(raw, sampling),
+        logprobs=_logprobs(raw, sampling, name),
         text=text,
         finish_reason=FinishReason(raw.finish_type),
         policy_version=policy_version,
@@ -254,18 +238,16 @@ def _accept_lengths_in_order(lengths: Sequence[int], num_decoded: int) -> tuple[
     return (*kept, *(1 for _ in range(rest)))
 
 
-def _logprobs(raw: RawResponse, sampling: SamplingParams) -> tuple[float, ...]:
+def _logprobs(raw: RawResponse, sampling: SamplingParams, name: str) -> tuple[float, ...]:
     """Under the distribution that was sampled from, its filters included."""
     if sampling.temperature == 0:
         return (0.0,) * len(raw.tokens)  # it has all its mass on one token
-    logprobs_T = torch.tensor(raw.logprobs, dtype=torch.float32)
-    if raw.top_logprobs_TK is not None:
-        filtered = SamplingParams(top_k=sampling.top_k)
-        best_TK = torch.from_numpy(raw.top_logprobs_TK)
-        # The same shift for every token that is kept: by the mass that the others had.
-        shift_T = (log_distribution(best_TK, filtered) - best_TK)[:, 0]
-        logprobs_T = (logprobs_T + shift_T).clamp(max=0)
-    return tuple(logprobs_T.tolist())
+    if min(raw.logprobs, default=0.0) < _NO_PROBABILITY:
+        raise FloatingPointError(
+            f"{name}: SGLang sampled a token that temperature, top_k, top_p and min_p leave no "
+            f"probability; no rollout of this call is kept"
+        )
+    return raw.logprobs
 
 
 def _accept_lengths(raw: RawResponse) -> tuple[int, ...]:

@@ -18,17 +18,15 @@ from typing import Any
 
 from torch import Tensor
 
+from fastrl.rollout.sglang_hooks import hook_in
+
 _SHARED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def register() -> None:
     """Have it done in every scheduler that this process starts; a plugin of SGLang's calls it."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register(
-        "sglang.srt.managers.scheduler.Scheduler.init_memory_pools",
-        _share_before_pools,
-        HookType.BEFORE,
+    hook_in(
+        "sglang.srt.managers.scheduler.Scheduler.init_memory_pools", _share_before_pools, "before"
     )
 
 

@@ -10,10 +10,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from sglang.srt.runtime_context import get_context, get_exec
-from sglang.srt.speculative import eagle_worker_common
+from sglang.srt.speculative import eagle_utils, eagle_worker_common
 from torch import Tensor
 
+_LEAST_COIN, _LARGEST_COIN = torch.finfo(torch.float32).tiny, 1 - 2.0**-18
+"""Beyond what sums over a vocabulary round by."""
 _READ_DONE = ("war_fastpath_read_done_event", "shared_read_done_event")
 """Where a model's runner keeps the event after which its forward reads no shared buffer any more:
 in 0.5.17, and in later versions."""
@@ -72,3 +75,26 @@ def kept_paths() -> Iterator[list[Tensor]]:
         yield paths
     finally:
         eagle_worker_common.eagle_sample = sample
+
+
+@contextlib.contextmanager
+def coins_inside_interval() -> Iterator[None]:
+    """The uniforms that SGLang verifies with meanwhile stay off the ends of [0, 1).
+
+    At 0 its kernel accepts a token without any probability; and so close to 1 that sums round to
+    less, it rejects all that have some, or finds none, and emits the last of the vocabulary.
+    """
+    draw = eagle_utils._verify_coins
+
+    def draw_inside(**kwargs: Any) -> tuple[Tensor, Tensor]:
+        coins_BN, last_coin_B = draw(**kwargs)
+        return (
+            coins_BN.clamp(_LEAST_COIN, _LARGEST_COIN),
+            last_coin_B.clamp(_LEAST_COIN, _LARGEST_COIN),
+        )
+
+    eagle_utils._verify_coins = draw_inside
+    try:
+        yield
+    finally:
+        eagle_utils._verify_coins = draw

@@ -186,6 +186,7 @@ class SwitchingWorker(EAGLEWorkerV2):  # type: ignore[misc]
         if strategy.is_off:
             result = self._plain.step(batch, kwargs.get("on_publish"))
         else:
+            # A part of the step's time: trees in turns with plain steps pay for it each time.
             self._plain.read(batch)
             result = super().forward_batch_generation(batch, *args, **kwargs)
         if self._session is not None:

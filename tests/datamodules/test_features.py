@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ class Collector(LightningModule):
 
 
 def collect(
-    folder: Path, data: FeatureDataModule, target: PreTrainedModel | None = None
+    folder: Path,
+    data: FeatureDataModule,
+    target: PreTrainedModel | None = None,
+    precision: str = "32-true",
 ) -> Collector:
     module = Collector(target or load_causal_lm(POLICY).eval())
 
@@ -65,7 +69,8 @@ def collect(
         module.num_forwards += 1
 
     handle = module.target.base_model.register_forward_hook(count)
-    make_trainer(folder, has_checkpoints=False).fit(module, datamodule=data)
+    trainer = make_trainer(folder, has_checkpoints=False, precision=precision)
+    trainer.fit(module, datamodule=data)
     handle.remove()
     return module
 
@@ -389,6 +394,54 @@ def test_other_responses_or_sampling_make_another_cache(
         )
     assert "made with another prompts" in caplog.text
     assert "made with another sampling" in caplog.text
+
+
+def test_rows_made_ahead_are_the_same_and_never_need_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the engine; where features have to be made for a row, it is made when asked for."""
+    options = {"cache_folder": str(tmp_path / "cache"), "num_steps": 12}
+    made_in: list[threading.Thread] = []
+    num_ahead = 0
+    make = FeatureDataModule._features
+    row_ahead = FeatureDataModule._row_ahead
+
+    def features(self: FeatureDataModule, split: str, shard: int) -> list[SequenceFeatures]:
+        made_in.append(threading.current_thread())
+        return make(self, split, shard)
+
+    def ahead(self: FeatureDataModule, position: int) -> Any:
+        nonlocal num_ahead
+        row = row_ahead(self, position)
+        num_ahead += row is not None
+        return row
+
+    monkeypatch.setattr(FeatureDataModule, "_features", features)
+    monkeypatch.setattr(FeatureDataModule, "_row_ahead", ahead)
+    first = collect(tmp_path, make_data(tmp_path, **options))
+    assert 0 < num_ahead < 12
+    again = collect(tmp_path, make_data(tmp_path, **options))
+    assert set(made_in) == {threading.main_thread()}
+    monkeypatch.setattr(FeatureDataModule, "_row_ahead", lambda self, position: None)
+    one_by_one = collect(tmp_path, make_data(tmp_path, **options))
+    assert_same_rows(first.rows, again.rows)
+    assert_same_rows(first.rows, one_by_one.rows)
+
+
+def test_hidden_states_of_autocast_are_kept_in_bfloat16(tmp_path: Path) -> None:
+    """Rounded: what an LM head under autocast reads all the same."""
+    exact = collect(tmp_path, make_data(tmp_path, num_steps=2))
+    options: dict[str, Any] = {"cache_folder": str(tmp_path / "cache"), "num_steps": 2}
+    made, read = (
+        collect(tmp_path, make_data(tmp_path, **options), precision="bf16-mixed") for _ in range(2)
+    )
+    assert_same_rows(made.rows, read.rows)
+    assert read.num_forwards == 0
+    for row, one in zip(made.rows, exact.rows, strict=True):
+        for name in ("hidden_BTD", "target_hidden_BTD"):
+            rounded, expected = getattr(row, name), getattr(one, name)
+            assert rounded.dtype == torch.bfloat16
+            assert (rounded.float() - expected).norm() < 0.05 * expected.norm()
 
 
 # ---- options

@@ -6,6 +6,7 @@ The target is the quickstart's policy, or co-training's test policy.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from fastrl.callbacks.drafter_training import DrafterTraining
 from fastrl.callbacks.feature_buffer import BufferSettings, FeatureBuffer
-from fastrl.datamodules import ReasoningGymPrompts
+from fastrl.datamodules import FeatureDataModule, ReasoningGymPrompts
 from fastrl.modules import DrafterModule, OptimizerSettings
 from fastrl.modules.loading import load_causal_lm
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
+from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.drafters.loss import LossSettings
 from fastrl.rollout.drafters.packing import PackedFeatures, fold_segments, pack_sequences
 from fastrl.rollout.drafters.target_features import sequence_features
@@ -321,6 +324,100 @@ def accept_length(folder: Path, prompts: ReasoningGymPrompts, module: DrafterMod
     length = engine.stats().accept_length
     engine.close()
     return length
+
+
+# ---- the draft vocabulary
+
+VOCABULARY = {"drafter_path": None, "draft_vocab_size": 24}
+
+
+def most_frequent(data: FeatureDataModule, size: int) -> list[int]:
+    """By definition, of given responses."""
+    counts = Counter[int]()
+    for prompt in data._prompts["train"]:
+        sequence = data._given_response(prompt)
+        counts.update(sequence.tokens_T[sequence.num_prompt_tokens :].tolist())
+    eos = AutoConfig.from_pretrained(POLICY).eos_token_id
+    ranked = sorted(range(data.tokenizer.vocab_size), key=lambda t: (t != eos, -counts[t], t))
+    return sorted(ranked[:size])
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_a_new_drafter_drafts_the_tokens_that_come_most_often_in_its_data(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a resumed run takes the checkpoint's vocabulary, counting nothing."""
+    options = VOCABULARY | {"kind": kind}
+    whole = fit(tmp_path, callbacks=(KeepCheckpoint(2, tmp_path),), module_options=options)
+    expected = most_frequent(whole.trainer.datamodule, 24)
+    assert whole.drafter.token_map_F.tolist() == expected
+    written = load_drafter(tmp_path / "drafter", whole.target.config)
+    assert written.token_map_F.tolist() == expected
+    if isinstance(whole.drafter, Eagle3Drafter):
+        assert len(whole.drafter.lm_head.weight) == 24
+    monkeypatch.delattr(FeatureDataModule, "response_token_counts")
+    resumed = fit(tmp_path, ckpt_path=tmp_path / "kept.ckpt", module_options=options)
+    assert resumed.drafter.token_map_F.tolist() == expected
+    for name, weight in weights(whole.drafter).items():
+        assert torch.equal(weight, weights(resumed.drafter)[name]), name
+
+
+def test_a_new_eagle_3_drafter_begins_with_the_targets_head_and_norm(tmp_path: Path) -> None:
+    options = VOCABULARY | {"kind": "eagle3", "optimizer": OptimizerSettings(lr=0.0)}
+    module = fit(tmp_path, num_steps=1, module_options=options)
+    assert isinstance(module.drafter, Eagle3Drafter)
+    head_VD = module.target.get_output_embeddings().weight
+    assert torch.equal(module.drafter.lm_head.weight, head_VD[module.drafter.token_map_F])
+    assert torch.equal(module.drafter.norm.weight, module.target.model.norm.weight)
+
+
+def test_responses_that_were_generated_to_be_counted_are_those_trained_on(tmp_path: Path) -> None:
+    num_generated = 0
+
+    class Engine(TorchEngine):
+        def generate(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal num_generated
+            num_generated += len(prompts)
+            return super().generate(prompts, *args, **kwargs)
+
+    config = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    prompts = ReasoningGymPrompts(task="chain_sum", config=config, num_train=8, num_held_out=2)
+    options: dict[str, Any] = {
+        "prompts": prompts,
+        "engine": Engine(max_batch_size=8),
+        "sampling": SamplingParams(max_tokens=8),
+    }
+    module = fit(tmp_path, module_options=VOCABULARY, **options)
+    assert num_generated == 8 + 2
+    drafted = set(module.drafter.token_map_F.tolist())
+    row = module.trainer.datamodule._training_row()
+    assert len(drafted & set(row.next_tokens_BT[row.loss_mask_BT].tolist())) > 0
+    fewer = fit(tmp_path / "b", module_options=VOCABULARY | {"draft_vocab_size": 4}, **options)
+    assert fewer.drafter.num_drafted == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"draft_vocab_size": 24},
+        {"drafter_path": None, "draft_vocab_size": 0},
+    ],
+)
+def test_a_vocabulary_of_a_drafter_that_there_is_or_of_no_token_is_refused(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="expected a positive size, of a new drafter"):
+        make_module(tmp_path, **options)
+
+
+def test_a_run_is_not_resumed_with_a_vocabulary_of_another_size(tmp_path: Path) -> None:
+    fit(tmp_path, num_steps=1, module_options=VOCABULARY)
+    with pytest.raises(ValueError, match="resume with the drafter that the run began with"):
+        fit(
+            tmp_path,
+            ckpt_path=tmp_path / "checkpoints" / "last.ckpt",
+            module_options=VOCABULARY | {"draft_vocab_size": 12},
+        )
 
 
 # ---- refusals

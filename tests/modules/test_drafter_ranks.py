@@ -9,11 +9,13 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from fastrl.rollout.drafters.packing import PackedFeatures
 from fastrl.rollout.drafters.training import row_loss
+from fastrl.rollout.drafters.vocabulary import frequent_tokens
 from tests.rollout.ranks import run_ranks
-from tests.warmup_runs import make_data, make_module, make_trainer
+from tests.warmup_runs import POLICY, make_data, make_module, make_trainer
 
 
 class Rows(Callback):
@@ -128,3 +130,39 @@ def test_a_checkpoint_of_two_ranks_is_refused_on_one(
             ckpt_path=str(folder / "kept.ckpt"),
             weights_only=True,
         )
+
+
+def vocabulary_of(folder: str) -> dict[str, Any]:
+    """On one rank of two, after a step."""
+    torch.set_num_threads(1)
+    root = Path(folder)
+    module = make_module(
+        root,
+        output=str(root / "trimmed"),
+        drafter_path=None,
+        kind="eagle3",
+        draft_vocab_size=20,
+    )
+    trainer = make_trainer(root, strategy="ddp", devices=2, has_checkpoints=False)
+    data = make_data(root, num_steps=1)
+    trainer.fit(module, datamodule=data)
+    own = [data._given_response(prompt) for prompt in data._prompts["train"]]
+    return {
+        "tokens": [one.tokens_T[one.num_prompt_tokens :].tolist() for one in own],
+        "token_map": module.drafter.token_map_F.tolist(),
+        "weights": {name: w.detach() for name, w in module.drafter.named_weights()},
+    }
+
+
+def test_ranks_choose_one_draft_vocabulary_by_all_their_responses(folder: Path) -> None:
+    first, second = run_ranks(vocabulary_of, folder / "vocabulary", str(folder))
+    config = AutoConfig.from_pretrained(POLICY)
+    expected = frequent_tokens(
+        first["tokens"] + second["tokens"],
+        vocab_size=config.vocab_size,
+        size=20,
+        always=[config.eos_token_id],
+    )
+    assert first["token_map"] == second["token_map"] == list(expected.token_ids)
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name

@@ -8,6 +8,8 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fastrl.rollout.sampling import (
+    RowSampling,
+    exclude_tokens_,
     log_distribution,
     position_uniforms,
     request_key,
@@ -70,6 +72,70 @@ def test_a_kept_token_survives_every_filter():
     kept = log_distribution(logits, sampling, keep=torch.tensor([2]))
     expected = torch.tensor([5.0, -3.0]).log_softmax(-1)
     torch.testing.assert_close(kept[0, [0, 2]], expected)
+
+
+def excluded_by_definition(logits: list[float], sampling: SamplingParams) -> set[int]:
+    """Token by token, in Python's float64."""
+    if sampling.temperature == 0:
+        return set(range(len(logits))) - {logits.index(max(logits))}
+    scaled = [logit / sampling.temperature for logit in logits]
+    kept = set(range(len(scaled)))
+    if sampling.top_k:
+        kept = {v for v in kept if sum(one > scaled[v] for one in scaled) < sampling.top_k}
+    mass = {v: math.exp(scaled[v] - max(scaled)) for v in kept}
+    left = sampling.top_p * math.fsum(mass.values())
+    if sampling.top_p < 1:
+        kept = {v for v in kept if math.fsum(m for m in mass.values() if m > mass[v]) < left}
+    if sampling.min_p:
+        kept = {v for v in kept if scaled[v] >= max(scaled) + math.log(sampling.min_p)}
+    return set(range(len(scaled))) - kept
+
+
+def test_rows_with_filters_of_their_own_keep_what_the_definition_says():
+    """More rows than are taken at once, of few different logits: half of all tokens have twins."""
+    generator = torch.Generator().manual_seed(3)
+    temperatures, filters = (0.0, 0.5, 1.0, 1.6), [*FILTERS, {"top_k": 1}, {"top_k": 99}]
+    samplings = [
+        SamplingParams(temperature=temperature, **one)
+        for temperature, one in itertools.product(temperatures, filters)
+    ] * 6
+    logits_RV = torch.randint(-8, 9, (len(samplings), 23), generator=generator) * 0.37
+    rows = RowSampling(
+        temperature=torch.tensor([[one.temperature or 1.0] for one in samplings]),
+        top_k=torch.tensor([[one.top_k] for one in samplings]),
+        top_p=torch.tensor([[one.top_p] for one in samplings]),
+        min_p=torch.tensor([[one.min_p] for one in samplings]),
+        is_greedy=torch.tensor([[one.temperature == 0] for one in samplings]),
+        largest_top_k=200,
+        has_top_p=True,
+        has_min_p=True,
+        has_greedy=True,
+    )
+    filtered_RV = logits_RV.clone()
+    exclude_tokens_(filtered_RV, rows)
+    for logits_V, filtered_V, sampling in zip(logits_RV, filtered_RV, samplings, strict=True):
+        excluded = {v for v, logit in enumerate(filtered_V.tolist()) if logit == -math.inf}
+        assert excluded == excluded_by_definition(logits_V.double().tolist(), sampling)
+        torch.testing.assert_close(
+            (filtered_V / (sampling.temperature or 1.0)).log_softmax(-1),
+            log_distribution(logits_V, sampling),
+        )
+    twice_RV = logits_RV[:40].repeat_interleave(3, 0)
+    exclude_tokens_(twice_RV, rows.some(slice(40)).repeated(3))
+    assert torch.equal(twice_RV, filtered_RV[:40].repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.9}, {"top_k": 1}])
+def test_tokens_that_are_equally_likely_share_their_fate(filters):
+    logits = torch.tensor([0.0, 2.0, 1.0, 2.0, 2.0])
+    kept = log_distribution(logits, SamplingParams(**filters)).exp()
+    torch.testing.assert_close(kept, torch.tensor([0.0, 1 / 3, 0.0, 1 / 3, 1 / 3]))
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_logits_that_are_no_numbers_are_still_none(filters):
+    logits = torch.full((3, 11), math.nan)
+    assert log_distribution(logits, SamplingParams(**filters)).isnan().all()
 
 
 @pytest.mark.parametrize("vocab_size", [2, 7, 1024, 1025, 5000])

@@ -6,6 +6,7 @@ The kernels are stand-ins (tests/sglang_cpu); what switches, reads and counts is
 import copy
 import dataclasses
 import itertools
+import math
 import time
 from collections import Counter
 
@@ -19,7 +20,7 @@ from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.model_bandit import ModelBased
 from fastrl.rollout.sglang_rollouts import longest_sequence
 from fastrl.types import FinishReason, SamplingParams, StepStats
-from tests.rollout.test_sglang_engine import GREEDY, echoing_drafter
+from tests.rollout.test_sglang_engine import FILTERS, GREEDY, echoing_drafter
 from tests.rollout.tiny_models import make_prompts, make_target
 
 pytestmark = pytest.mark.sglang
@@ -30,8 +31,9 @@ POOL = ("3_1_4", "3_4_8", "5_2_12", "1_1_2")
 
 @pytest.fixture(scope="module")
 def switching(start_sglang, target_model):
-    """SGLang prepared for the pool, with a drafter that is often right."""
-    engine = start_sglang(selector=InTurns(("off", *POOL)), hidden_states=True)
+    """SGLang prepared for the pool, with a drafter that is often right, and little room for what
+    plain steps leave to it."""
+    engine = start_sglang(selector=InTurns(("off", *POOL)), hidden_states=True, unread_gib=0)
     engine.load_policy(target_model.named_parameters(), version=0)
     engine.load_drafter(echoing_drafter(target_model).items(), version=0)
     return engine
@@ -125,10 +127,10 @@ def lengths_by_place(engine, rollout) -> list[int]:
     return [0, *(one.accept_lengths[0] for one in engine.generate(shorter, few))]
 
 
-def test_tokens_follow_the_target_distribution_while_switching(switching, target_model):
+@pytest.mark.parametrize("filters", FILTERS)
+def test_tokens_follow_the_target_distribution_while_switching(switching, target_model, filters):
     switching.load_drafter(echoing_drafter(target_model).items(), version=0)
-    switching.strategy_selector = InTurns(("off", *POOL))
-    sampling = SamplingParams(max_tokens=3, top_k=3, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True, **filters)
     (prompt,) = make_prompts(1)
     expected = joint_distribution(target_model, prompt.tokens, sampling)
     counts = dict.fromkeys(expected, 0)
@@ -136,6 +138,8 @@ def test_tokens_follow_the_target_distribution_while_switching(switching, target
         switching.strategy_selector = InTurns(("3_4_8", "off", "5_2_12", "3_1_4")[seed % 4 :])
         for rollout in switching.generate([prompt], sampling, num_samples=160, seed=seed):
             counts[rollout.tokens] += 1
+            logprob = math.log(expected[rollout.tokens])
+            assert sum(rollout.logprobs) == pytest.approx(logprob, abs=1e-4)
     assert chi_square_p_value(counts, expected, 800) > 1e-4
     assert switching.stats().row_steps
 

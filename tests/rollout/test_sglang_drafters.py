@@ -49,6 +49,7 @@ def test_stock_sglang_serves_an_exported_drafter_with_the_same_acceptance(
     published, start_sglang, folders, target_model, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SGLANG_PLUGINS", "fastrl_sglang_cpu")  # kernels alone
+    monkeypatch.setenv("FASTRL_TEST_STOCK", "1")
     drafter = EagleDrafter.from_pretrained(published, target_model.config)
     drafter.save_pretrained(tmp_path / "exported")
     embedded = TorchEngine(drafter_path=str(published), max_batch_size=6, device="cpu")

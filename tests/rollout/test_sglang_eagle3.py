@@ -116,4 +116,6 @@ def test_the_drafter_has_read_what_plain_steps_left_to_it(
     served = start_sglang(selector=InTurns(names), drafter_path=drafter_folder)
     served.load_policy(target_model.named_parameters(), version=0)
     check_turns_accept_the_same(served, embedded, PROMPTS, names)
+    long_plain = (*("off",) * 40, *("4_1_5",) * 12)
+    check_turns_accept_the_same(served, embedded, PROMPTS, long_plain, max_tokens=90)
     served.close()

@@ -4,6 +4,8 @@ The kernels are stand-ins (tests/sglang_cpu): what is tested is our adapter, and
 what the adapter takes for granted.
 """
 
+import copy
+import math
 import os
 import signal
 import threading
@@ -24,6 +26,13 @@ pytestmark = pytest.mark.sglang
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=100, temperature=1, ignore_eos=True)
+FILTERS = (
+    {"top_k": 3},
+    {"top_p": 0.6},
+    {"min_p": 0.25},
+    {"top_k": 8, "top_p": 0.7},
+    {"top_k": 6, "top_p": 0.8, "min_p": 0.3, "temperature": 1.3},
+)
 STRATEGIES = ("off", "3_1_4", "3_4_8", "5_2_12")
 
 
@@ -63,18 +72,68 @@ def test_greedy_tokens_are_those_of_the_embedded_engine(any_strategy, engine):
     assert [rollout.text for rollout in rollouts] == [rollout.text for rollout in expected]
 
 
-def test_tokens_follow_the_target_distribution(any_strategy, target_model):
-    """Three tokens among three each: all 27 responses by their probabilities."""
-    sampling = SamplingParams(max_tokens=3, top_k=3, ignore_eos=True)
+@pytest.mark.parametrize("filters", FILTERS)
+def test_tokens_follow_the_target_distribution(any_strategy, target_model, filters):
+    """Three tokens among a few each: all responses by their probabilities, which are reported."""
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True, **filters)
     (prompt,) = make_prompts(1)
     rollouts = any_strategy.generate([prompt], sampling, num_samples=600, seed=5)
+    expected = joint_distribution(target_model, prompt.tokens, sampling)
+    assert 8 <= len(expected) <= 60
+    counts = dict.fromkeys(expected, 0)
+    for rollout in rollouts:
+        counts[rollout.tokens] += 1
+        assert sum(rollout.logprobs) == pytest.approx(math.log(expected[rollout.tokens]), abs=1e-4)
+    assert chi_square_p_value(counts, expected, len(rollouts)) > 1e-4
+    if any_strategy.stats().row_steps:
+        assert any_strategy.stats().accepted_by_depth[0] > 50  # else nothing was put to the test
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_k": 3}, {"top_p": 0.3}])
+def test_tokens_that_are_equally_likely_are_kept_together(any_strategy, target_model, filters):
+    """Each second token is as likely as the one before: three best ones are four."""
+    twins = copy.deepcopy(target_model)
+    with torch.no_grad():
+        embedding_VD = twins.get_input_embeddings().weight
+        embedding_VD[1::2] = embedding_VD[::2]
+    any_strategy.load_policy(twins.named_parameters(), version=1)
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True, **filters)
+    (prompt,) = make_prompts(1)
+    rollouts = any_strategy.generate([prompt], sampling, num_samples=400)
+    expected = joint_distribution(twins, prompt.tokens, sampling)
+    for first, second in expected:
+        assert {(first ^ 1, second), (first, second ^ 1)} <= expected.keys()
+    counts = dict.fromkeys(expected, 0)
+    for rollout in rollouts:
+        counts[rollout.tokens] += 1
+        assert sum(rollout.logprobs) == pytest.approx(math.log(expected[rollout.tokens]), abs=1e-4)
+    assert chi_square_p_value(counts, expected, len(rollouts)) > 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["off", "3_4_8"])
+def test_tokens_without_seeds_follow_it_too_and_repeat_by_call(
+    start_sglang, target_model, strategy
+):
+    """One request at a time, since which ones a step finds in the queue is a matter of time."""
+    engine = start_sglang(strategy=strategy, deterministic=False)
+    engine.load_policy(target_model.named_parameters(), version=0)
+    (prompt,) = make_prompts(1)
+
+    def response(**seeds: int) -> tuple[int, ...]:
+        return engine.generate([prompt], LONG, **seeds)[0].tokens
+
+    first = response(seed=3, rl_step=7)
+    assert len({first, response(seed=3, rl_step=8), response(seed=4, rl_step=7)}) == 3
+    assert response(seed=3, rl_step=7) == first
+    sampling = SamplingParams(max_tokens=3, top_p=0.5, ignore_eos=True)
+    rollouts = engine.generate([prompt], sampling, num_samples=600)
     expected = joint_distribution(target_model, prompt.tokens, sampling)
     counts = dict.fromkeys(expected, 0)
     for rollout in rollouts:
         counts[rollout.tokens] += 1
+        assert sum(rollout.logprobs) == pytest.approx(math.log(expected[rollout.tokens]), abs=1e-4)
     assert chi_square_p_value(counts, expected, len(rollouts)) > 1e-4
-    if any_strategy.stats().row_steps:
-        assert any_strategy.stats().accepted_by_depth[0] > 50  # else nothing was put to the test
+    engine.close()
 
 
 def test_hidden_states_are_those_of_a_plain_forward(any_strategy, target_model):

@@ -72,6 +72,20 @@ def test_a_scheduler_killed_while_it_is_asked_is_named(switching):
     assert f"its process {victim} (sglang::scheduler" in message
 
 
+def test_an_sglang_that_leaves_the_plugin_out_does_not_start(start_sglang, monkeypatch):
+    """The least demanding engine: a fixed strategy, and no hidden states."""
+    monkeypatch.setenv("SGLANG_PLUGINS", "fastrl_sglang_cpu")
+    with pytest.raises(EngineError, match=r"does not run in SGLang's scheduler.*SGLANG_PLUGINS"):
+        start_sglang(strategy="off")
+
+
+def test_a_hook_that_sglang_did_not_apply_is_named(start_sglang, monkeypatch):
+    target = "sglang.srt.speculative.eagle_utils.eagle_sample"
+    monkeypatch.setenv("FASTRL_TEST_LOST_HOOK", target)
+    with pytest.raises(EngineError, match=rf"did not apply FastRL's hooks of \['{target}'\]"):
+        start_sglang(strategy="3_4_8")
+
+
 def test_a_selector_of_an_unknown_class_is_refused_and_the_engine_goes_on(
     switching, tmp_path, monkeypatch
 ):

@@ -251,6 +251,10 @@ def test_buffers_that_come_back_as_garbage(
     assert check(engine, target_model, good_drafter) is None
     engine._options = dataclasses.replace(engine._options, memory_saver=True)
     engine.sleep()
+    with pytest.raises(ValueError, match=r"load_policy: the engine sleeps.*wake\(\)"):
+        engine.load_policy(target_model.named_parameters(), version=0)
+    with pytest.raises(ValueError, match=r"load_drafter: the engine sleeps.*wake\(\)"):
+        engine.load_drafter(good_drafter.items(), version=0)
     engine.wake()
     publish()
     failure = check(engine, target_model, good_drafter)  # of the policy's nothing is wrong
@@ -320,6 +324,7 @@ def test_an_embedding_of_the_drafters_own_when_the_cache_is_sized(
 ):
     """Stock SGLang holds the drafter's while it measures what is left for the cache."""
     monkeypatch.setenv("SGLANG_PLUGINS", "fastrl_sglang_cpu")
+    monkeypatch.setenv("FASTRL_TEST_STOCK", "1")
     monkeypatch.setenv("FASTRL_TEST_EMBEDDINGS", str(tmp_path / "own.json"))
     if is_shared:
         monkeypatch.setenv("FASTRL_TEST_SHARED", "1")

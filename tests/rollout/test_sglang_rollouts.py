@@ -5,14 +5,13 @@ import math
 import numpy as np
 import pytest
 
+from fastrl.rollout.sglang_filters import sglang_filters
 from fastrl.rollout.sglang_process import RawResponse
 from fastrl.rollout.sglang_rollouts import (
     as_rollout,
     check_prompt,
-    check_sampling,
     counted_statistics,
     longest_sequence,
-    num_top_logprobs,
     sglang_sampling,
     statistics,
 )
@@ -26,7 +25,6 @@ def raw(num_tokens: int = 3, **changes: object) -> RawResponse:
     settings: dict = {
         "tokens": tuple(range(num_tokens)),
         "logprobs": (-1.0,) * num_tokens,
-        "top_logprobs_TK": None,
         "finish_type": "length",
         "finish_detail": "",
         "num_cached_tokens": 0,
@@ -66,18 +64,6 @@ def test_accept_lengths_sum_to_the_tokens_decoded():
     rollout = rollout_of(raw(num_tokens=7, steps_by_num_accepted=(2, 1, 0, 1)))
     assert rollout.num_verify_steps == 4
     assert rollout.accept_lengths == (1, 1, 2, 2)
-
-
-def test_log_probabilities_are_renormalized_to_the_tokens_kept():
-    """Of probabilities 0.5, 0.3 and 0.2 the best two are kept: 0.5 becomes 0.625."""
-    logs = [math.log(0.5), math.log(0.3)]
-    response = raw(
-        num_tokens=2,
-        logprobs=tuple(logs),
-        top_logprobs_TK=np.array([logs, logs], dtype=np.float32),
-    )
-    rollout = rollout_of(response, SamplingParams(top_k=2))
-    assert rollout.logprobs == pytest.approx((math.log(0.625), math.log(0.375)), abs=1e-6)
 
 
 def test_greedy_tokens_are_certain():
@@ -161,13 +147,19 @@ def test_counted_statistics_are_of_a_ranks_responses_but_for_steps_that_all_shar
 
 def test_sampling_parameters_are_passed_on():
     sampling = SamplingParams(
-        temperature=0.6, top_k=7, max_tokens=50, stop=("end",), stop_token_ids=(3,)
+        temperature=0.6,
+        top_k=7,
+        top_p=0.9,
+        min_p=0.1,
+        max_tokens=50,
+        stop=("end",),
+        stop_token_ids=(3,),
     )
     given = sglang_sampling(
         sampling, num_prompt_tokens=10, max_sequence=100, eos_token_ids=(1, 2), key=-5
     )
     assert given["temperature"] == 0.6
-    assert given["top_k"] == 7
+    assert (given["top_k"], given["top_p"], given["min_p"]) == (7, 0.9, 0.1)
     assert given["max_new_tokens"] == 50
     assert given["stop"] == ["end"]
     assert given["stop_token_ids"] == [1, 2, 3]
@@ -179,17 +171,20 @@ def test_sampling_parameters_are_passed_on():
     assert near_the_end["top_k"] == -1
 
 
-def test_filters_need_the_best_tokens_log_probabilities():
-    assert num_top_logprobs(SamplingParams(top_k=7), vocab_size=100) == 7
-    assert num_top_logprobs(SamplingParams(top_k=700), vocab_size=100) == 100
-    assert num_top_logprobs(SamplingParams(), vocab_size=100) == 0
-    assert num_top_logprobs(SamplingParams(temperature=0, top_k=7), vocab_size=100) == 0
+def test_a_token_without_probability_is_an_error():
+    """SGLang writes the lowest number of float32 for -inf."""
+    impossible = raw(logprobs=(-1.0, -3.4028234663852886e38, -1.0))
+    with pytest.raises(FloatingPointError, match="leave no probability"):
+        rollout_of(impossible, SamplingParams(top_p=0.9))
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(top_p=0.9), SamplingParams(min_p=0.1)])
-def test_filters_that_sglang_applies_otherwise_are_refused(sampling):
-    with pytest.raises(ValueError, match="top_p 1 and min_p 0"):
-        check_sampling(sampling)
+def test_a_top_k_of_one_is_not_taken_for_greedy_decoding():
+    """It keeps all best tokens that are equally likely, as min-p 1 does."""
+    given = sglang_filters(SamplingParams(top_k=1, top_p=0.5, min_p=0.2, temperature=0.7))
+    assert given == {"temperature": 0.7, "top_k": -1, "top_p": 1.0, "min_p": 1.0}
+    assert sglang_filters(SamplingParams(top_k=1, temperature=0))["temperature"] == 0
+    with pytest.raises(ValueError, match="for greedy decoding; set temperature 0"):
+        sglang_filters(SamplingParams(temperature=1e-7))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastrl.rollout.bandit import FixedStrategy
-from fastrl.rollout.sglang_pool import StrategyPool
+from fastrl.rollout.sglang_pool import FEWEST_UNREAD, MOST_UNREAD, StrategyPool
 from fastrl.rollout.sglang_steps import (
     DecodeSession,
     DecodeStep,
@@ -259,7 +259,7 @@ def test_accept_lengths_come_in_order_and_end_with_the_response():
 
 def test_a_pool_goes_through_the_environment_and_bounds_graphs():
     large = DraftStrategy.parse("8_4_32")
-    pool = StrategyPool(largest_batch={CHAIN: None, large: 20})
+    pool = StrategyPool(largest_batch={CHAIN: None, large: 20}, unread_gib=0.5)
     environment: dict[str, str] = {}
     pool.write_to(environment)
     assert StrategyPool.from_environment(environment) == pool
@@ -278,3 +278,14 @@ def test_a_pool_goes_through_the_environment_and_bounds_graphs():
         StrategyPool(largest_batch={DraftStrategy.parse("ngram_3_1_4"): None})
     with pytest.raises(ValueError, match="needs a draft tree"):
         StrategyPool(largest_batch={OFF: None})
+
+
+def test_what_waits_for_the_drafter_is_bounded_by_memory():
+    def most(unread_gib: float, num_rows: int, width: int) -> int:
+        pool = StrategyPool(largest_batch={CHAIN: None}, unread_gib=unread_gib)
+        return pool.most_unread_tokens(num_rows, 2 * width)
+
+    assert most(1.0, 512, 3584) == 292  # 2**30 / (512 * 7168)
+    assert most(2.0, 512, 3584) == 585
+    assert most(0.0, 512, 3584) == FEWEST_UNREAD
+    assert most(1.0, 1, 64) == MOST_UNREAD

@@ -284,6 +284,19 @@ def test_a_runs_policy_and_drafter_take_the_folders_places(pair_folder, tmp_path
         assert engine.compare_drafter(pair.drafter.named_weights()) != []
 
 
+def test_weights_of_a_drafter_of_another_vocabulary_are_refused(pair_folder, tmp_path):
+    """They would fit: an EAGLE drafter's weights do not tell what tokens it drafts."""
+    pair = load_pair(tiny(pair_folder))
+    pair.drafter.trim_vocabulary((1, 4, 6))
+    drafter = {"drafter": dict(pair.drafter.named_weights()), **pair.drafter.what_it_reads()}
+    policy = {f"policy.{name}": w for name, w in pair.model.state_dict().items()}
+    torch.save(
+        {"state_dict": policy, "callbacks": {"DrafterTraining{}": drafter}}, tmp_path / "run.ckpt"
+    )
+    with pytest.raises(ValueError, match="drafts all tokens, the resumed run's 3"):
+        load_pair(tiny(pair_folder, ckpt=str(tmp_path / "run.ckpt")))
+
+
 # -- prompts and options --------------------------------------------------------------------------
 
 QUICKSTART = Path(__file__).parents[2] / "models/quickstart"

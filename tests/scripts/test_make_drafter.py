@@ -1,5 +1,6 @@
 """A fresh drafter: it fits its model, repeats by its seed, and takes no other one's place."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ def test_an_eagle_3_drafter_fits_its_model(tmp_path):
     make(Recipe(model=POLICY, output=tmp_path / "drafter", kind="eagle3"))
     drafter = load_drafter(tmp_path / "drafter", AutoConfig.from_pretrained(POLICY))
     assert isinstance(drafter, Eagle3Drafter)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_it_drafts_the_tokens_that_come_most_often(tmp_path, kind, capsys):
+    config = AutoConfig.from_pretrained(POLICY)
+    lines = [json.dumps({"tokens": [7, 7, 40, 40, number % 3 + 50]}) + "\n" for number in range(9)]
+    (tmp_path / "step_000001.jsonl").write_text("".join(lines))
+    rollouts = str(tmp_path / "*.jsonl")
+    options = {"model": POLICY, "output": tmp_path / "drafter", "kind": kind}
+    make(Recipe(**options, draft_vocab_size=3, rollouts=rollouts))
+    drafter = load_drafter(tmp_path / "drafter", config)
+    assert drafter.token_map_F.tolist() == sorted((7, 40, config.eos_token_id))
+    assert "3 tokens cover 80.00%" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="give both, or neither"):
+        Recipe(**options, draft_vocab_size=3)
 
 
 def test_a_drafter_that_is_there_stays(tmp_path):

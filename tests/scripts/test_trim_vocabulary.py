@@ -50,14 +50,17 @@ def test_the_most_frequent_tokens_and_the_end_of_a_response(tmp_path, rollouts, 
     assert "33.33% of 3 others" in printed
 
 
-def test_a_trimmed_drafter_is_trimmed_further(tmp_path, rollouts):
+def test_a_trimmed_drafter_is_trimmed_further(tmp_path, rollouts, capsys):
+    """What it covers is of all tokens, also those that it could not draft before."""
     trim(options(tmp_path, 5))
     again = dataclasses.replace(
         options(tmp_path, 3), drafter=str(tmp_path / "trimmed_5"), output=tmp_path / "again"
     )
+    capsys.readouterr()
     trim(again)
     tokens = EagleDrafter.from_pretrained(tmp_path / "again").token_map_F.tolist()
     assert tokens == sorted((EOS, 7, 40))
+    assert "cover 77.78% of 27 tokens" in capsys.readouterr().out
 
 
 def test_what_it_cannot_do_is_said(tmp_path, rollouts):

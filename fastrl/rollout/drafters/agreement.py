@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastrl.rollout.drafters.chain import chain_depths
+from fastrl.rollout.drafters.distribution_loss import distribution_loss
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.drafters.loss import MAX_CHUNK_LOGITS, distribution_sums
 from fastrl.rollout.drafters.packing import PackedFeatures
 
 
@@ -37,15 +37,15 @@ def agreement_by_depth(
     max_depth: int,
 ) -> list[DepthAgreement]:
     """Agreement at depths 1, 2, …, as far as a chain of the row reaches, at most `max_depth`."""
-    agreements: list[DepthAgreement] = []
-    for chains in chain_depths(drafter, embedding_VD, packed, max_depth=max_depth):
-        sums = distribution_sums(
-            drafter, chains.predicted_MD, chains.target_MD, lm_head_VD, MAX_CHUNK_LOGITS
+    depths = list(chain_depths(drafter, embedding_VD, packed, max_depth=max_depth))
+    if not depths:
+        return []
+    sums_N3 = distribution_loss(drafter, depths, lm_head_VD, weights=[1.0] * len(depths)).sums_N3
+    return [
+        DepthAgreement(
+            num_chains=len(chains),
+            cross_entropy=cross_entropy / len(chains),
+            top1_acceptance=acceptance / len(chains),
         )
-        cross_entropy, _, acceptance = (sums / len(chains)).tolist()
-        agreements.append(
-            DepthAgreement(
-                num_chains=len(chains), cross_entropy=cross_entropy, top1_acceptance=acceptance
-            )
-        )
-    return agreements
+        for chains, (cross_entropy, _, acceptance) in zip(depths, sums_N3.tolist(), strict=True)
+    ]

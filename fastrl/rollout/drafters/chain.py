@@ -8,7 +8,7 @@ own chain, and predicts token t+d+1: what serving asks of it once d-1 drafts wer
 All chains of a row run side by side, one forward a depth. The one definition for training
 (loss.py) and measurement (agreement.py). Source: HASS (Zhang et al., 2024, arXiv 2408.15766) and
 the "training-time test" of EAGLE-3 (Li et al., 2025, arXiv 2503.01840). Leaves out trees. Shape
-legend: fastrl/types.py; T counts pairs, M counts chains.
+legend: fastrl/types.py; T counts pairs, A those of all rows, M counts chains.
 """
 
 from __future__ import annotations
@@ -30,52 +30,64 @@ class ChainDepth:
 
     predicted_MD: Tensor  # the drafter's hidden states
     target_MD: Tensor  # the target's last ones, of the same tokens
+    target_index_M: Tensor  # int64, ascending: which of depth 1's chains has the same target
 
     def __len__(self) -> int:
         return len(self.predicted_MD)
 
 
 def chain_depths(
-    drafter: EagleDrafter, embedding_VD: Tensor, packed: PackedFeatures, *, max_depth: int
+    drafter: EagleDrafter,
+    embedding_VD: Tensor,
+    packed: PackedFeatures,
+    *,
+    max_depth: int,
+    detaches_depths: bool = False,
 ) -> Iterator[ChainDepth]:
     """Depths 1, 2, …, as far as a chain of the row reaches, at most `max_depth`.
 
     Chains start at the pairs of the loss mask; those that would leave their segment end there.
-    Gradients flow through all depths to the drafter's weights, none to the embedding.
+    Gradients flow to the drafter's weights, none to the embedding.
 
     Args:
         drafter: of the target whose hidden states are packed.
         embedding_VD: the target's token embedding.
-        packed: hidden states of the drafter's dtype.
+        packed: hidden states of the drafter's dtype; a segment's loss mask ends with the segment.
         max_depth: at least 1; 1 is EAGLE's own forward.
+        detaches_depths: what the drafter reads of its own is a constant, as in HASS; else gradients
+            flow through all depths.
     """
     view = _ChainView(
         packed.attention_mask(), drafter.config.num_attention_heads // drafter.num_kv_heads
     )
+    # All before the first forward: a GPU has nothing to finish yet when it is asked for counts.
+    places_by_depth = [_places(packed, depth) for depth in range(max_depth)]
+    target_AD = packed.target_hidden_BTD[..., : drafter.config.hidden_size].flatten(0, 1)
+    index_A = packed.loss_mask_BT.flatten().cumsum(0) - 1
     hidden_BTD = drafter.start(packed.hidden_BTD)
-    for depth in range(1, max_depth + 1):
-        tokens_BT, target_BTD, reaches_BT = _shifted(packed, depth - 1)
-        if not reaches_BT.any():
+    for shift, places_M in enumerate(places_by_depth):
+        if not len(places_M):
             break
+        tokens_BT = packed.next_tokens_BT.roll(-shift, 1)
         hidden_BTD = drafter(
             embedding(tokens_BT, embedding_VD.detach()).to(hidden_BTD.dtype),
-            hidden_BTD,
-            packed.position_ids_BT + depth - 1,
+            hidden_BTD.detach() if detaches_depths and shift else hidden_BTD,
+            packed.position_ids_BT + shift,
             kv_view=view,
         )
         yield ChainDepth(
-            predicted_MD=hidden_BTD[reaches_BT],
-            target_MD=target_BTD[reaches_BT][:, : drafter.config.hidden_size],
+            predicted_MD=hidden_BTD.flatten(0, 1)[places_M],
+            target_MD=target_AD[places_M + shift],
+            target_index_M=index_A[places_M + shift],
         )
 
 
-def _shifted(packed: PackedFeatures, shift: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the pair `shift` places on: its token, its target, and whether a chain gets there."""
+def _places(packed: PackedFeatures, shift: int) -> Tensor:
+    """Where the chains start that get `shift` pairs on; counted over all rows, ascending."""
     segment_BT = packed.segment_BT
     reaches_BT = packed.loss_mask_BT & (segment_BT.roll(-shift, 1) == segment_BT)
     reaches_BT[:, max(len(packed) - shift, 0) :] = False  # rolled around the row's end
-    tokens_BT = packed.next_tokens_BT.roll(-shift, 1)
-    return tokens_BT, packed.target_hidden_BTD.roll(-shift, 1), reaches_BT
+    return reaches_BT.flatten().nonzero().squeeze(1)
 
 
 class _ChainView:

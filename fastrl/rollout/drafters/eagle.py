@@ -76,12 +76,32 @@ class EagleDrafter(nn.Module):
         self.token_map_F = token_map_F.to(self.fc.weight.device)
         setattr(self.config, CONFIG_KEY, len(token_map_F))
 
+    def reassign_vocabulary(self, token_ids: Sequence[int] | Tensor, source: str) -> None:
+        """Draft other tokens, as many; weights stay as they are. Of a drafter that is new."""
+        assert self.num_drafted == len(token_ids), (
+            f"{len(token_ids)} tokens for a vocabulary of {self.num_drafted}"
+        )
+        self.trim_vocabulary(token_ids, source)
+
+    def start_head(self, lm_head_VD: Tensor, norm_D: Tensor) -> None:
+        """Begin with the target's LM head and final norm, where they are not shared anyway."""
+
     @classmethod
-    def for_target(cls, target: PretrainedConfig, *, seed: int) -> EagleDrafter:
-        """A randomly initialized drafter of a target's dimensions."""
+    def for_target(
+        cls, target: PretrainedConfig, *, seed: int, token_ids: Sequence[int] | None = None
+    ) -> EagleDrafter:
+        """A randomly initialized drafter of a target's dimensions.
+
+        Args:
+            target: its configuration.
+            seed: of the weights.
+            token_ids: the draft vocabulary; None for all tokens.
+        """
         target = target.get_text_config()
         drafter = cls._random(cls._config_for(target), seed, target.initializer_range)
         nn.init.zeros_(drafter.fc.bias)
+        if token_ids is not None:
+            drafter.trim_vocabulary(token_ids, "a new drafter")
         return drafter
 
     @classmethod

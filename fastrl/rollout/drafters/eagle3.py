@@ -135,6 +135,24 @@ class Eagle3Drafter(EagleDrafter):
         self.config.draft_vocab_size = len(token_map_F)
         self._set_token_map(token_map_F, source)
 
+    def reassign_vocabulary(self, token_ids: Sequence[int] | Tensor, source: str) -> None:
+        """Draft other tokens, as many; weights stay as they are. Of a drafter that is new."""
+        assert self.num_drafted == len(token_ids), (
+            f"{len(token_ids)} tokens for a vocabulary of {self.num_drafted}"
+        )
+        self._set_token_map(token_ids, source)
+
+    @torch.no_grad()
+    def start_head(self, lm_head_VD: Tensor, norm_D: Tensor) -> None:
+        """Begin with the target's LM head, as far as its tokens can be drafted, and final norm.
+
+        Far fewer steps teach what that already knows of tokens.
+        """
+        token_map_F = self.token_map_F
+        rows = slice(None) if token_map_F is None else token_map_F.to(lm_head_VD.device)
+        self.lm_head.weight.copy_(lm_head_VD[rows])
+        self.norm.weight.copy_(norm_D)
+
     def _set_token_map(self, token_ids: Sequence[int] | Tensor, source: str) -> None:
         token_map_F = checked_token_map(token_ids, self.config.vocab_size, source)
         is_whole = len(token_map_F) == self.config.vocab_size

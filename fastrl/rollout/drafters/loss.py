@@ -10,34 +10,28 @@ depth 1 the pairs of the loss mask, so none depends on how sequences were packed
 is against the target's whole distribution (soft labels), without temperature or filters, in
 float32. Of a drafter with a vocabulary of its own, tokens that it cannot draft are left out of the
 sum, the rest keeping their target probabilities, so that a place counts as much as can be drafted
-there. Embedding and LM head are constants here: they get no gradient.
+there. Embedding and LM head of the target are constants here: they get no gradient.
 
 Sources: for one depth EAGLE (Li et al., 2024, arXiv 2401.15077), section 4.2, which weighs
 cross-entropy 0.1 to SmoothL1 1; for several HASS (arXiv 2408.15766) and EAGLE-3 (arXiv 2503.01840),
-the decay being that of EAGLE-3's code. Leaves out HASS's top-k loss, and sharing the target's
-logits between depths. Shape legend: fastrl/types.py; M counts chains.
+the decay being that of EAGLE-3's code. Leaves out how the distributions' part is computed
+(distribution_loss.py). Shape legend: fastrl/types.py; M counts chains.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
+from operator import mul
 
-import torch
 from torch import Tensor
-from torch.nn.functional import linear, smooth_l1_loss
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import smooth_l1_loss
 
-from fastrl.rollout.drafters.chain import ChainDepth, chain_depths
+from fastrl.rollout.drafters.chain import chain_depths
+from fastrl.rollout.drafters.distribution_loss import distribution_loss, statistics_dtype
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.packing import PackedFeatures
-from fastrl.rollout.sampling import log_distribution
-from fastrl.types import SamplingParams
 
-_WHOLE_DISTRIBUTION = SamplingParams()
-MAX_CHUNK_LOGITS = 2**24
-"""Logits held at a time, of drafter and target each: 64 MiB in float32."""
 DEPTH_DECAY = 0.8
 """Weight of a depth against the one before."""
 
@@ -88,7 +82,7 @@ def eagle_loss(
     *,
     hidden_loss_weight: float,
     num_depths: int = 1,
-    max_chunk_logits: int = MAX_CHUNK_LOGITS,
+    max_chunk_logits: int | None = None,
 ) -> EagleLoss:
     """Loss of the drafter's predictions over one packed row, folded or not.
 
@@ -99,93 +93,37 @@ def eagle_loss(
         packed: at least one pair in its loss mask; hidden states of the drafter's dtype.
         hidden_loss_weight: of SmoothL1 against cross-entropy.
         num_depths: of the chains; depths that none reaches are left out of the mean.
-        max_chunk_logits: places × vocabulary held in memory at a time; backward recomputes them.
+        max_chunk_logits: places × vocabulary held in memory at a time; None: as suits the device.
 
     Raises:
         ValueError: the loss mask is empty, so that the means have no denominator.
     """
-    by_depth = [
-        _loss_at_depth(drafter, chains, lm_head_VD.detach(), hidden_loss_weight, max_chunk_logits)
-        for chains in chain_depths(drafter, embedding_VD, packed, max_depth=num_depths)
-    ]
-    if not by_depth:
+    depths = list(chain_depths(drafter, embedding_VD, packed, max_depth=num_depths))
+    if not depths:
         raise ValueError("the packed row has no response token to predict: pack other sequences")
-    weights = [DEPTH_DECAY**index for index in range(len(by_depth))]
-    weighted = (weight * result.loss for weight, result in zip(weights, by_depth, strict=True))
-    total = torch.stack(list(weighted)).sum() / sum(weights)
-    return dataclasses.replace(by_depth[0], loss=total)
-
-
-def _loss_at_depth(
-    drafter: EagleDrafter,
-    chains: ChainDepth,
-    lm_head_VD: Tensor,
-    hidden_loss_weight: float,
-    max_chunk_logits: int,
-) -> EagleLoss:
-    predicted_MD, target_MD = chains.predicted_MD, chains.target_MD
-    hidden = predicted_MD.new_zeros((), dtype=torch.float32)
-    if drafter.PREDICTS_HIDDEN:
-        hidden = smooth_l1_loss(predicted_MD.float(), target_MD.float())
-    sums = distribution_sums(drafter, predicted_MD, target_MD, lm_head_VD, max_chunk_logits)
-    cross_entropy, agreement, acceptance = (sums / len(chains)).unbind()
-    return EagleLoss(
-        loss=cross_entropy + hidden_loss_weight * hidden,
-        hidden=hidden.detach(),
-        cross_entropy=cross_entropy.detach(),
-        top1_agreement=agreement.detach(),
-        top1_acceptance=acceptance.detach(),
+    shares = [DEPTH_DECAY**index for index in range(len(depths))]
+    shares = [share / sum(shares) for share in shares]
+    distributions = distribution_loss(
+        drafter,
+        depths,
+        lm_head_VD,
+        weights=[share / len(chains) for share, chains in zip(shares, depths, strict=True)],
+        max_chunk_logits=max_chunk_logits,
     )
-
-
-def distribution_sums(
-    drafter: EagleDrafter,
-    predicted_MD: Tensor,
-    target_MD: Tensor,
-    lm_head_VD: Tensor,
-    max_chunk_logits: int,
-) -> Tensor:
-    """[3] float32: cross-entropy, top-1 agreement and top-1 acceptance, summed over M.
-
-    Args:
-        drafter: whose vocabulary and LM head it is.
-        predicted_MD: hidden states that it predicts.
-        target_MD: the target's own, in the same places.
-        lm_head_VD: the target's LM head.
-        max_chunk_logits: places × vocabulary held in memory at a time; backward recomputes them.
-    """
-    predicted_MD = drafter.head_input(predicted_MD)
-    heads = lm_head_VD, drafter.draft_head(lm_head_VD), drafter.token_map_F
-    chunk = max(max_chunk_logits // lm_head_VD.shape[0], 1)
-    if len(predicted_MD) <= chunk:
-        return _chunk_sums(predicted_MD, target_MD, *heads)
-    sums = predicted_MD.new_zeros(3, dtype=torch.float32)
-    chunks = zip(torch.split(predicted_MD, chunk), torch.split(target_MD, chunk), strict=True)
-    for predicted, target in chunks:
-        sums = sums + checkpoint(_chunk_sums, predicted, target, *heads, use_reentrant=False)
-    return sums
-
-
-def _chunk_sums(
-    predicted_MD: Tensor,
-    target_MD: Tensor,
-    lm_head_VD: Tensor,
-    draft_head_FD: Tensor,
-    token_map_F: Tensor | None,
-) -> Tensor:
-    with torch.no_grad():
-        target_logprobs_MV = log_distribution(_logits(target_MD, lm_head_VD), _WHOLE_DISTRIBUTION)
-        target_probs_MV = target_logprobs_MV.exp()
-        draftable_MF = target_probs_MV if token_map_F is None else target_probs_MV[:, token_map_F]
-    draft_logprobs_MF = log_distribution(_logits(predicted_MD, draft_head_FD), _WHOLE_DISTRIBUTION)
-    cross_entropy_M = -(draftable_MF * draft_logprobs_MF).sum(-1)
-    draft_best_M = draft_logprobs_MF.argmax(-1)
-    if token_map_F is not None:
-        draft_best_M = token_map_F[draft_best_M]
-    is_agreed_M = draft_best_M == target_logprobs_MV.argmax(-1)
-    acceptance_M = target_probs_MV.gather(-1, draft_best_M.unsqueeze(-1)).squeeze(-1)
-    return torch.stack((cross_entropy_M.sum(), is_agreed_M.float().sum(), acceptance_M.sum()))
-
-
-def _logits(hidden_MD: Tensor, lm_head_VD: Tensor) -> Tensor:
-    return linear(hidden_MD.to(lm_head_VD.dtype), lm_head_VD)
+    loss, hidden = distributions.loss, distributions.loss.new_zeros(())
+    if drafter.PREDICTS_HIDDEN:
+        dtype = statistics_dtype(depths[0].predicted_MD)
+        distances = [
+            smooth_l1_loss(chains.predicted_MD.to(dtype), chains.target_MD.to(dtype))
+            for chains in depths
+        ]
+        loss = loss + hidden_loss_weight * sum(map(mul, shares, distances))
+        hidden = distances[0].detach()
+    cross_entropy, agreement, acceptance = (distributions.sums_N3[0] / len(depths[0])).unbind()
+    return EagleLoss(
+        loss=loss,
+        hidden=hidden,
+        cross_entropy=cross_entropy,
+        top1_agreement=agreement,
+        top1_acceptance=acceptance,
+    )

@@ -34,7 +34,7 @@ class PackedFeatures:
 
     next_tokens_BT: Tensor  # int64: token t+1
     hidden_BTD: Tensor  # hidden state t, with what else the drafter reads of the target
-    target_hidden_BTD: Tensor  # the same of t+1
+    target_hidden_BTD: Tensor  # the same of t+1, or its first columns
     position_ids_BT: Tensor  # int64: t
     segment_BT: Tensor  # int64: 0, 1, …, one number a sequence; -1: padding of a folded row
     loss_mask_BT: Tensor  # bool: predicts the distribution of a response token
@@ -42,17 +42,37 @@ class PackedFeatures:
     def __len__(self) -> int:
         return self.next_tokens_BT.shape[1]
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedFeatures:
-        """The same row on `device`, its hidden states as `dtype` if one is given."""
-        tensors: dict[str, Tensor] = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-        }
+    def to(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> PackedFeatures:
+        """The same row on `device`, its hidden states as `dtype` if one is given; of a pinned row
+        `non_blocking` does not wait."""
         return PackedFeatures(
             **{
-                name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-                for name, tensor in tensors.items()
+                name: tensor.to(
+                    device,
+                    dtype if tensor.is_floating_point() else None,
+                    non_blocking=non_blocking,
+                )
+                for name, tensor in self._tensors().items()
             }
         )
+
+    def pin_memory(self) -> PackedFeatures:
+        """The same row where a GPU reads it without a wait; one on a GPU stays there."""
+        return PackedFeatures(
+            **{
+                name: tensor if tensor.is_cuda else tensor.pin_memory()
+                for name, tensor in self._tensors().items()
+            }
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def attention_mask(self) -> Tensor:
         """[B, 1, T, T] bool, True where a query may see a key: same segment, not later."""
@@ -70,11 +90,19 @@ def num_loss_pairs(features: SequenceFeatures) -> int:
     return max(len(features) - max(features.num_prompt_tokens, 2), 0)
 
 
-def pack_sequences(sequences: Sequence[SequenceFeatures], max_pairs: int) -> PackedFeatures:
+def pack_sequences(
+    sequences: Sequence[SequenceFeatures], max_pairs: int, target_size: int | None = None
+) -> PackedFeatures:
     """One row of at most `max_pairs` pairs.
 
     Sequences are taken in order while they fit whole. A first one that is longer than the row is
     cut to its latest pairs, positions kept: speculation pays most far into long responses.
+
+    Args:
+        sequences: of one target.
+        max_pairs: of the row.
+        target_size: columns of the targets that are kept, where the drafter reads more than the
+            last hidden state and predicts that alone; None: all.
 
     Raises:
         ValueError: no pair to pack, `max_pairs` below 1, or hidden states missing.
@@ -89,7 +117,7 @@ def pack_sequences(sequences: Sequence[SequenceFeatures], max_pairs: int) -> Pac
         first_pair = 0 if segments else max(num_pairs(features) - max_pairs, 0)
         if num_pairs(features) - first_pair > room:
             break
-        segments.append(_segment(features, first_pair, number=len(segments)))
+        segments.append(_segment(features, first_pair, len(segments), target_size))
         room -= len(segments[-1])
     if not segments:
         raise ValueError(
@@ -102,7 +130,9 @@ def pack_sequences(sequences: Sequence[SequenceFeatures], max_pairs: int) -> Pac
     )
 
 
-def _segment(features: SequenceFeatures, first_pair: int, number: int) -> PackedFeatures:
+def _segment(
+    features: SequenceFeatures, first_pair: int, number: int, target_size: int | None
+) -> PackedFeatures:
     """Pairs `first_pair` … n-3 of one sequence, as a row of their own."""
     num_tokens = len(features)
     if features.hidden_TD.shape[0] < num_tokens - 1:
@@ -116,7 +146,7 @@ def _segment(features: SequenceFeatures, first_pair: int, number: int) -> Packed
     return PackedFeatures(
         next_tokens_BT=features.tokens_T[shifted].unsqueeze(0),
         hidden_BTD=features.hidden_TD[pairs].unsqueeze(0),
-        target_hidden_BTD=features.hidden_TD[shifted].unsqueeze(0),
+        target_hidden_BTD=features.hidden_TD[shifted, :target_size].unsqueeze(0),
         position_ids_BT=position_ids.unsqueeze(0),
         segment_BT=torch.full_like(position_ids, number).unsqueeze(0),
         loss_mask_BT=(position_ids + 2 >= features.num_prompt_tokens).unsqueeze(0),

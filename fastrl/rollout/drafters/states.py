@@ -5,11 +5,13 @@ Leaves out the embedded engine's own forward (torch_engine/target.py), which giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def joined_states(output: Any, layers: Sequence[int]) -> Tensor:
@@ -26,3 +28,24 @@ def joined_states(output: Any, layers: Sequence[int]) -> Tensor:
         return last
     inputs = [output.hidden_states[layer].detach() for layer in layers]
     return torch.cat((last.detach(), *inputs), dim=-1)
+
+
+@contextmanager
+def inputs_of_layers(base_model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """By layer, what these are given in the last forward under it; the others' are not kept."""
+    inputs: dict[int, Tensor] = {}
+
+    def keep(layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[layer] = args[0] if args else kwargs["hidden_states"]
+
+    handles = [
+        base_model.get_submodule(f"layers.{layer}").register_forward_pre_hook(
+            functools.partial(keep, layer), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from fastrl.rollout.drafters.states import joined_states
+from fastrl.rollout.drafters.states import inputs_of_layers
 from fastrl.types import SequenceFeatures, TokenSequence
 
 
@@ -28,6 +28,7 @@ def sequence_features(
     *,
     max_tokens: int,
     layers: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
 ) -> list[SequenceFeatures]:
     """Features of each sequence, in order, on the target's device.
 
@@ -36,15 +37,17 @@ def sequence_features(
         sequences: tokens on any device.
         max_tokens: of a forward, padding included; a longer sequence is one of its own.
         layers: whose inputs the drafter reads besides.
+        dtype: of the hidden states; None: as the target gives them.
     """
     hidden_TD: dict[int, Tensor] = {}
     for members in micro_batches([len(sequence) for sequence in sequences], max_tokens):
         rows = [sequences[index].tokens_T for index in members]
         tokens_BT = pad_sequence(rows, batch_first=True).to(target.device)
-        output = target.base_model(
-            input_ids=tokens_BT, use_cache=False, output_hidden_states=bool(layers)
-        )
-        for index, row_TD in zip(members, joined_states(output, layers), strict=True):
+        with inputs_of_layers(target.base_model, layers) as inputs:
+            output = target.base_model(input_ids=tokens_BT, use_cache=False)
+        states = [output.last_hidden_state, *(inputs[layer] for layer in layers)]
+        states_BTS = torch.cat([one.to(dtype or one.dtype) for one in states], dim=-1)
+        for index, row_TD in zip(members, states_BTS, strict=True):
             hidden_TD[index] = row_TD[: len(sequences[index])].clone()
     return [
         SequenceFeatures(

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastrl.rollout.drafters.chain import chain_depths
+from fastrl.rollout.drafters.distribution_loss import default_chunk_logits
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.drafters.loss import MAX_CHUNK_LOGITS
 from fastrl.rollout.drafters.packing import num_loss_pairs, num_pairs, pack_sequences
 from fastrl.types import SequenceFeatures
 
@@ -30,7 +30,7 @@ def token_ranks(
     features: SequenceFeatures,
     *,
     max_depth: int,
-    max_chunk_logits: int = MAX_CHUNK_LOGITS,
+    max_chunk_logits: int | None = None,
 ) -> list[Tensor]:
     """Ranks by depth, int64 [M] each, 0 for the drafter's most likely token.
 
@@ -45,7 +45,7 @@ def token_ranks(
         lm_head_VD: the target's.
         features: of one prompt and response.
         max_depth: most depths.
-        max_chunk_logits: places × vocabulary held in memory at a time.
+        max_chunk_logits: places × vocabulary held in memory at a time; None: as suits the device.
     """
     # The loss counts the response's first token as well, which no drafter is asked for.
     asked = dataclasses.replace(features, num_prompt_tokens=features.num_prompt_tokens + 1)
@@ -54,6 +54,7 @@ def token_ranks(
     parameter = next(drafter.parameters())
     packed = pack_sequences([asked], num_pairs(asked)).to(parameter.device, parameter.dtype)
     tokens_T = features.tokens_T.to(parameter.device)
+    max_chunk_logits = max_chunk_logits or default_chunk_logits(parameter.device)
     ranks = []
     for depth, chains in enumerate(
         chain_depths(drafter, embedding_VD, packed, max_depth=max_depth), start=1

@@ -12,7 +12,7 @@ drafter as `speculative_token_map`. Shape legend: fastrl/types.py; F tokens of t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,13 @@ def frequent_tokens(
     counts: Counter[int] = Counter()
     for tokens in sequences:
         counts.update(tokens)
+    return most_counted(counts, vocab_size=vocab_size, size=size, always=always)
+
+
+def most_counted(
+    counts: Mapping[int, int], *, vocab_size: int, size: int, always: Sequence[int] = ()
+) -> FrequentTokens:
+    """The same of tokens that have been counted."""
     fixed = set(always)
     if not max(len(fixed), 1) <= size <= vocab_size:
         raise ValueError(
@@ -63,10 +70,10 @@ def frequent_tokens(
             f"tokens {strange[:5]} are beyond the target's vocabulary of {vocab_size}: are these "
             f"sequences of another tokenizer?"
         )
-    ranked = sorted(range(vocab_size), key=lambda token: (token not in fixed, -counts[token]))
+    ranked = sorted(range(vocab_size), key=lambda t: (t not in fixed, -counts.get(t, 0)))
     chosen = tuple(sorted(ranked[:size]))
-    total = counts.total()
-    covered = sum(counts[token] for token in chosen)
+    total = sum(counts.values())
+    covered = sum(counts.get(token, 0) for token in chosen)
     return FrequentTokens(token_ids=chosen, coverage=covered / total if total else 1.0)
 
 

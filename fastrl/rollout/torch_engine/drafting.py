@@ -23,9 +23,9 @@ from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.sampling import log_distribution
 from fastrl.rollout.torch_engine.cache_views import CausalView, DraftWindow
 from fastrl.rollout.torch_engine.draft_head import DraftHead
+from fastrl.rollout.torch_engine.eagle3_forward import Eagle3Forward
 from fastrl.rollout.torch_engine.eagle_forward import EagleForward
 from fastrl.rollout.torch_engine.kv_cache import KVCache
-from fastrl.rollout.torch_engine.module_forward import ModuleForward
 from fastrl.rollout.torch_engine.rows import LiveRows
 from fastrl.rollout.torch_engine.target import TargetModel
 from fastrl.rollout.tree import DraftTree, TreeBuilder, chain
@@ -74,7 +74,7 @@ class EagleDrafting:
     def __init__(self, drafter: EagleDrafter, target: TargetModel, num_rows: int) -> None:
         self.drafter = drafter
         self._target = target
-        forward = EagleForward if drafter.PREDICTS_HIDDEN else ModuleForward
+        forward = EagleForward if drafter.PREDICTS_HIDDEN else Eagle3Forward
         self._forward = forward(drafter, target.embedding)
         self._head = DraftHead(drafter, target.lm_head)
         self._cache = self._new_cache(num_rows)
@@ -110,7 +110,8 @@ class EagleDrafting:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The drafter's weights as they are served."""
-        yield from self._forward.named_weights()
+        for name, tensor in self._forward.named_weights():
+            yield name, self._head.served(tensor)
 
     def prefill(self, tokens_BT: Tensor, hidden_BTD: Tensor, lengths: list[int]) -> list[Tensor]:
         """Read the pairs of prompts in scratch cache rows; the entries of each."""
@@ -172,7 +173,9 @@ class EagleDrafting:
             if level:
                 window.add_level(None)
                 hidden_B1D = self._draft_level(rows, tokens[-1], hidden_B1D, window, level)
-            tokens.append(self._head.tokens(self._head.logits(hidden_B1D).argmax(-1)))
+            # For bfloat16 on a CPU `argmax` takes five times as long.
+            best_B1 = self._head.logits(hidden_B1D).max(-1).indices
+            tokens.append(self._head.tokens(best_B1))
         return chain(torch.cat(tokens, dim=1))
 
     def _draft_tree(

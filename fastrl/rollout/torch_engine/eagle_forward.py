@@ -2,27 +2,31 @@
 
 A draft step of a small model costs what its operations cost to launch. Here projections that share
 an input are one matrix product, rotations come from a table, and nothing is asked of transformers.
-`EagleDrafter.forward` is the definition; tests hold the two together. Leaves out training.
-Shape legend: fastrl/types.py; G grouped heads: of queries, keys and values together.
+`EagleDrafter.forward` is the definition; tests hold the two together. `LayerForward` is what a
+drafter of another kind shares with it (eagle3_forward.py). Leaves out training.
+Shape legend: fastrl/types.py; G grouped heads: of queries, keys and values together; I inputs of
+the layer.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from torch.nn.functional import rms_norm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from fastrl.rollout.attention import KVView
+from fastrl.rollout.attention import KVView, attend
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.torch_engine.served_linear import ServedLinear
 
 _FIRST_POSITIONS = 512
 
 
-class EagleForward:
-    """Serves a drafter's weights as they were at the last `refresh`.
+class LayerForward(ABC):
+    """Serves the weights of a drafter of one Llama layer as they were at the last `refresh`.
 
     Args:
         drafter: on its device, in its dtype.
@@ -36,34 +40,43 @@ class EagleForward:
         self._num_kv_heads = drafter.num_kv_heads
         self.refresh()
 
+    @abstractmethod
+    def _layer(self) -> LlamaDecoderLayer:
+        """The drafter's."""
+
+    @abstractmethod
+    def _read(self, embeddings_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer's attention reads, [B, T, I], and what it is added to, [B, T, D]."""
+
     def refresh(self) -> None:
         """Take the drafter's weights, after they were loaded."""
-        layer = self._drafter.layers[0]
-        assert isinstance(layer, LlamaDecoderLayer), "an EAGLE drafter has one Llama layer"
+        layer = self._layer()
         attention, mlp = layer.self_attn, layer.mlp
-        self._fc = self._drafter.fc
-        self._qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = attention.o_proj
+        self._served: dict[int, tuple[ServedLinear, slice]] = {}
+        self._qkv = self._serve(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = self._serve(attention.o_proj)
         self._norm = layer.post_attention_layernorm
-        self._gate_up = _joined(mlp.gate_proj, mlp.up_proj)
-        self._down, self._activation = mlp.down_proj, mlp.act_fn
+        self._gate_up = self._serve(mlp.gate_proj, mlp.up_proj)
+        self._down, self._activation = self._serve(mlp.down_proj), mlp.act_fn
         self._scale: float = attention.scaling
-        self._rotations_S2d = self._fc.weight.new_zeros(0, 2, self._drafter.head_dim)
-        self._copies = {
-            id(layer.weight): part
-            for (weight, _), layers in (
-                (self._qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
-                (self._gate_up, (mlp.gate_proj, mlp.up_proj)),
-            )
-            for layer, part in zip(
-                layers, torch.split(weight, [layer.out_features for layer in layers]), strict=True
-            )
-        }
+        self._rotations_S2d = attention.o_proj.weight.new_zeros(0, 2, self._drafter.head_dim)
+
+    def _serve(self, *layers: nn.Linear) -> ServedLinear:
+        """One matrix product for layers with the same input."""
+        served = ServedLinear.joined(*layers)
+        start = 0
+        for layer in layers:
+            self._served[id(layer.weight)] = served, slice(start, start + layer.out_features)
+            start += layer.out_features
+        return served
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """What it computes with, by the drafter's names; biases of joined matrices left out."""
         for name, tensor in self._drafter.named_weights():
-            yield name, self._copies.get(id(tensor), tensor)
+            if id(tensor) in self._served:
+                served, outputs = self._served[id(tensor)]
+                tensor = served.weight_OI[outputs]
+            yield name, tensor
 
     def __call__(
         self,
@@ -73,21 +86,17 @@ class EagleForward:
         view: KVView,
         longest_position: int,
     ) -> Tensor:
-        """Predicted hidden states, [B, T, D]; see `EagleDrafter.forward`.
+        """The drafter's outputs, [B, T, D]; see its `forward`.
 
         Args:
             tokens_BT: tokens t+1, whose embeddings the drafter reads.
-            hidden_BTD: hidden states t.
+            hidden_BTD: hidden states t, or what the drafter reads for them.
             positions_BT: t; a second dimension of 1 stands for the same position throughout.
             view: of the drafter's cache.
             longest_position: no position is larger; known to the host.
         """
-        inputs_BTD = linear(
-            torch.cat((self._embedding(tokens_BT), hidden_BTD), dim=-1),
-            self._fc.weight,
-            self._fc.bias,
-        )
-        qkv_BTGd = linear(inputs_BTD, *self._qkv).view(*tokens_BT.shape, -1, self._drafter.head_dim)
+        inputs_BTI, residual_BTD = self._read(self._embedding(tokens_BT), hidden_BTD)
+        qkv_BTGd = self._qkv(inputs_BTI).view(*tokens_BT.shape, -1, self._drafter.head_dim)
         num_rotated = self._num_heads + self._num_kv_heads
         rotated_BTGd = self._rotate(qkv_BTGd[:, :, :num_rotated], positions_BT, longest_position)
         rotated_BGTd = rotated_BTGd.transpose(1, 2)
@@ -96,21 +105,17 @@ class EagleForward:
             rotated_BGTd[:, self._num_heads :],
             qkv_BTGd[:, :, num_rotated:].transpose(1, 2),
         )
-        attended_BHTd = scaled_dot_product_attention(
+        attended_BHTd = attend(
             rotated_BGTd[:, : self._num_heads],
             keys,
             values,
-            attn_mask=view.additive_mask(None, inputs_BTD.dtype),
-            scale=self._scale,
-            enable_gqa=self._num_heads != self._num_kv_heads,
+            view.additive_mask(None, hidden_BTD.dtype),
+            self._scale,
         )
         attended_BTD = attended_BHTd.transpose(1, 2).flatten(2)
-        hidden = inputs_BTD + linear(attended_BTD, self._out.weight, self._out.bias)
-        normed = rms_norm(
-            hidden, self._norm.weight.shape, self._norm.weight, self._norm.variance_epsilon
-        )
-        gate, up = linear(normed, *self._gate_up).chunk(2, dim=-1)
-        return hidden + linear(self._activation(gate) * up, self._down.weight, self._down.bias)
+        residual_BTD = residual_BTD + self._out(attended_BTD)
+        gate, up = self._gate_up(normed(residual_BTD, self._norm)).chunk(2, dim=-1)
+        return residual_BTD + self._down(self._activation(gate) * up)
 
     def _rotate(self, heads_BTGd: Tensor, positions_BT: Tensor, longest_position: int) -> Tensor:
         """Rotary embedding: x cos + (x with its halves exchanged) (-sin, sin)."""
@@ -123,15 +128,31 @@ class EagleForward:
 
     def _extend_rotations(self, num_positions: int) -> None:
         num_positions = max(num_positions, 2 * len(self._rotations_S2d), _FIRST_POSITIONS)
-        positions_1S = torch.arange(num_positions, device=self._fc.weight.device).unsqueeze(0)
-        cos, sin = self._drafter.rotary_emb(self._fc.weight, position_ids=positions_1S)
+        positions_1S = torch.arange(num_positions, device=self._norm.weight.device).unsqueeze(0)
+        cos, sin = self._drafter.rotary_emb(self._norm.weight, position_ids=positions_1S)
         half = sin.shape[-1] // 2
         signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         self._rotations_S2d = torch.stack((cos[0], signed_sin[0]), dim=1)
 
 
-def _joined(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the layers' outputs side by side."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    return weight, torch.cat(biases) if biases else None
+class EagleForward(LayerForward):
+    """The EAGLE drafter's."""
+
+    def refresh(self) -> None:
+        """Take the drafter's weights, after they were loaded."""
+        super().refresh()
+        self._fc = self._serve(self._drafter.fc)
+
+    def _layer(self) -> LlamaDecoderLayer:
+        layer = self._drafter.layers[0]
+        assert isinstance(layer, LlamaDecoderLayer), "an EAGLE drafter has one Llama layer"
+        return layer
+
+    def _read(self, embeddings_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        inputs_BTD = self._fc(torch.cat((embeddings_BTD, hidden_BTD), dim=-1))
+        return inputs_BTD, inputs_BTD
+
+
+def normed(hidden: Tensor, norm: LlamaRMSNorm) -> Tensor:
+    """Normalized, in one operation."""
+    return rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)

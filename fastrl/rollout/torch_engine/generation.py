@@ -19,9 +19,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from fastrl.rollout.accept import Acceptance, accept
+from fastrl.rollout.accept import Acceptance
 from fastrl.rollout.engine import StrategySelector
-from fastrl.rollout.sampling import log_distribution, position_uniforms, sample_inverse_cdf
+from fastrl.rollout.sampling import position_uniforms, sample_inverse_cdf
 from fastrl.rollout.step_statistics import StatisticsRecorder
 from fastrl.rollout.torch_engine.cache_views import CausalView, TreeView
 from fastrl.rollout.torch_engine.drafting import Drafting
@@ -30,6 +30,7 @@ from fastrl.rollout.torch_engine.ngram_drafting import NgramDrafting
 from fastrl.rollout.torch_engine.prefill import PromptState, prefill
 from fastrl.rollout.torch_engine.requests import EndOfResponse
 from fastrl.rollout.torch_engine.rows import LiveRows, Request
+from fastrl.rollout.torch_engine.sampled_path import sample_path
 from fastrl.rollout.torch_engine.target import TargetModel
 from fastrl.rollout.tree import DraftTree, root_only
 from fastrl.types import DraftStrategy, FinishReason, Rollout, SamplingParams, StepStats
@@ -219,7 +220,7 @@ class Generation:
         return tree
 
     def _verify(self, tree: DraftTree) -> _Emitted:
-        """Sample the target after every node, keep the confirmed path, append what it emits."""
+        """Sample the target after the nodes, keep the confirmed path, append what it emits."""
         rows, count, longest = self._rows, len(self._rows), self._rows.longest
         self._cache.reserve(longest + tree.num_nodes, count)
         rows.reserve(longest + tree.depth + 2)
@@ -227,19 +228,16 @@ class Generation:
         positions_BN = base_B.unsqueeze(1) + tree.depths_BN
         view = self._view(tree, base_B, longest, positions_BN)
         hidden_BND = self._target.forward(tree.tokens_BN, positions_BN, view)
-        logprobs_BNV = log_distribution(self._target.logits(hidden_BND), self._sampling)
+        logits_BNV = self._target.logits(hidden_BND)
         # What a node samples stands in the column after its own.
         uniforms_BN = rows.uniforms_BS[:count].gather(1, positions_BN + 1)
-        sampled_BN = sample_inverse_cdf(logprobs_BNV, uniforms_BN)
-        sampled_logprobs_BN = logprobs_BNV.gather(-1, sampled_BN.unsqueeze(-1)).squeeze(-1)
-        accepted = accept(tree, sampled_BN)
+        accepted, logprobs_BP = sample_path(tree, logits_BNV, uniforms_BN, self._sampling)
         if not tree.is_chain:  # a chain's entries stand together already
             self._cache.keep_path(view.places_BT[:, 0], accepted.path_BP)
             path_BPD = accepted.path_BP.unsqueeze(-1).expand(-1, -1, hidden_BND.shape[-1])
             hidden_BND = hidden_BND.gather(1, path_BPD)
-            sampled_logprobs_BN = sampled_logprobs_BN.gather(1, accepted.path_BP)
         rows.append(accepted.emitted_BP, accepted.num_accepted_B + 1, hidden_BND)
-        return _to_host(accepted, sampled_logprobs_BN)
+        return _to_host(accepted, logprobs_BP)
 
     def _view(
         self, tree: DraftTree, base_B: Tensor, longest_base: int, positions_BN: Tensor

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
+from fastrl.rollout.drafters import distribution_loss
+from fastrl.rollout.drafters.chain import chain_depths
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loss import EagleLoss, LossSettings, eagle_loss
 from fastrl.rollout.drafters.packing import fold_segments, pack_sequences
@@ -134,24 +138,32 @@ def test_loss_over_depths_and_its_gradients_equal_the_one_chain_at_a_time_refere
     max_chunk_logits: int,
     is_folded: bool,
 ) -> None:
-    exact = copy.deepcopy(drafter).double()
-    sequences_64 = [dataclasses.replace(f, hidden_TD=f.hidden_TD.double()) for f in sequences]
-    expected = naive_loss(exact, shared_weights, sequences_64, num_depths)
+    """In float64: several depths amplify float32's rounding."""
+    drafter, embedding_VD, lm_head_VD = in_float64(drafter, shared_weights)
+    sequences = [dataclasses.replace(f, hidden_TD=f.hidden_TD.double()) for f in sequences]
+    expected = naive_loss(drafter, shared_weights, sequences, num_depths)
+    expected_gradients = gradients(drafter, expected)
     packed = pack_sequences(sequences, max_pairs=1000)
     result = eagle_loss(
         drafter,
-        *shared_weights,
+        embedding_VD,
+        lm_head_VD,
         fold_segments(packed) if is_folded else packed,
         hidden_loss_weight=0.3,
         num_depths=num_depths,
         max_chunk_logits=max_chunk_logits,
     )
-    torch.testing.assert_close(result.loss.detach(), expected.detach().float())
-    ours = gradients(drafter, result.loss)
-    for name, expected_gradient in gradients(exact, expected).items():
-        tolerance = 1e-4 * expected_gradient.abs().max().item()  # float32 through every depth
-        gradient = ours[name].double()
-        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=tolerance)
+    torch.testing.assert_close(result.loss, expected, rtol=1e-6, atol=0)  # norms are in float32
+    for name, gradient in gradients(drafter, result.loss).items():
+        tolerance = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=tolerance)
+
+
+def in_float64(
+    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor]
+) -> tuple[EagleDrafter, Tensor, Tensor]:
+    embedding_VD, lm_head_VD = (weight.detach().double() for weight in shared_weights)
+    return copy.deepcopy(drafter).double(), embedding_VD, lm_head_VD
 
 
 def test_the_parts_are_those_of_depth_1_however_many_are_trained(
@@ -224,25 +236,126 @@ def test_embedding_and_lm_head_get_no_gradient(
     assert all(parameter.grad.abs().sum() > 0 for parameter in drafter.parameters())
 
 
-def test_backward_keeps_no_logits_of_more_than_a_chunk(
+def test_no_logits_are_kept_for_backward_or_held_beyond_a_chunk(
     drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor], sequences: list[SequenceFeatures]
 ) -> None:
-    """What autograd saves over the vocabulary: all tokens in one chunk, nothing with several."""
+    saved: list[tuple[int, ...]] = []
 
-    def saved_over_vocabulary(max_chunk_logits: int) -> int:
-        sizes = []
+    def record(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
 
-        def record(tensor: Tensor) -> Tensor:
-            if tensor.ndim == 2 and tensor.shape[1] == VOCAB_SIZE:
-                sizes.append(tensor.numel())
-            return tensor
+    with (
+        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
+        LogitRows() as held,
+    ):
+        packed_loss(drafter, shared_weights, sequences, max_chunk_logits=3 * VOCAB_SIZE)
+    assert saved
+    assert not [shape for shape in saved if shape[-1:] == (VOCAB_SIZE,)]
+    assert max(held.num_rows) == 3
 
-        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-            packed_loss(drafter, shared_weights, sequences, max_chunk_logits=max_chunk_logits)
-        return sum(sizes)
 
-    assert saved_over_vocabulary(2**24) > 0
-    assert saved_over_vocabulary(2 * VOCAB_SIZE) == 0
+class LogitRows(TorchDispatchMode):
+    """Rows of all that is computed over the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_rows: list[int] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        is_head = function is torch.ops.aten.t.default  # transposed
+        if isinstance(result, Tensor) and result.shape[1:] == (VOCAB_SIZE,) and not is_head:
+            self.num_rows.append(result.shape[0])
+        return result
+
+
+@pytest.mark.parametrize("is_trimmed", [False, True])
+def test_the_target_is_computed_once_for_all_depths(
+    drafter: EagleDrafter,
+    shared_weights: tuple[Tensor, Tensor],
+    sequences: list[SequenceFeatures],
+    monkeypatch: pytest.MonkeyPatch,
+    is_trimmed: bool,
+) -> None:
+    if is_trimmed:
+        drafter.trim_vocabulary((1, 4, 6))
+    num_rows: list[int] = []
+
+    def counted(hidden_MD: Tensor, head_FD: Tensor) -> Tensor:
+        if len(head_FD) == VOCAB_SIZE:
+            num_rows.append(len(hidden_MD))
+        return linear(hidden_MD, head_FD)
+
+    monkeypatch.setattr(distribution_loss, "linear", counted)
+    num_chains = [4 + 1 + 4 + 3, 3 + 3 + 2, 2 + 2 + 1]  # that reach each depth
+    packed_loss(drafter, shared_weights, sequences, num_depths=3).loss.backward()
+    assert num_rows == [num_chains[0], *([] if is_trimmed else num_chains)]
+
+
+@pytest.mark.parametrize("needs_head", [False, True])
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_the_gradient_of_one_pass_is_that_of_finite_differences(
+    drafter: EagleDrafter,
+    shared_weights: tuple[Tensor, Tensor],
+    sequences: list[SequenceFeatures],
+    chunk: int,
+    needs_head: bool,
+) -> None:
+    exact, embedding_VD, lm_head_VD = in_float64(drafter, shared_weights)
+    given = [dataclasses.replace(f, hidden_TD=f.hidden_TD.double()) for f in sequences]
+    packed = pack_sequences(given, max_pairs=1000)
+    depths = list(chain_depths(exact, embedding_VD, packed, max_depth=3))
+    head_FD = lm_head_VD.flip(0).clone().requires_grad_(needs_head)
+    task = distribution_loss._Task(
+        target_MD=depths[0].target_MD,
+        lm_head_VD=lm_head_VD,
+        token_map_F=None,
+        index_by_depth=tuple(chains.target_index_M for chains in depths),
+        weights=(0.7, 1.3, 0.2),
+        top_k=3,
+        top_k_weight=2.0,
+        chunk=chunk,
+    )
+    predicted = [chains.predicted_MD.detach().requires_grad_() for chains in depths]
+    assert torch.autograd.gradcheck(
+        lambda head, *p: distribution_loss._OnePass.apply(task, head, *p)[0], (head_FD, *predicted)
+    )
+
+
+def test_products_run_in_autocasts_dtype_and_losses_in_float32(
+    drafter: EagleDrafter, shared_weights: tuple[Tensor, Tensor], sequences: list[SequenceFeatures]
+) -> None:
+    exact = packed_loss(drafter, shared_weights, sequences)
+    exact_gradients = gradients(drafter, exact.loss)
+    with torch.autocast("cpu", torch.bfloat16), ProductTypes() as products:
+        rounded = packed_loss(drafter, shared_weights, sequences)
+    assert products.dtypes == {torch.bfloat16}
+    for name in ("loss", "hidden", "cross_entropy", "top1_acceptance"):
+        value = getattr(rounded, name)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, getattr(exact, name), rtol=0.05, atol=0.05)
+    for name, gradient in gradients(drafter, rounded.loss).items():
+        expected = exact_gradients[name]
+        assert torch.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.98
+
+
+class ProductTypes(TorchDispatchMode):
+    """Of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.dtypes.add(result.dtype)
+        return result
 
 
 def test_an_empty_loss_mask_is_refused(

@@ -206,3 +206,11 @@ def test_one_segment_is_folded_into_itself() -> None:
     folded = fold_segments(packed)
     for f in dataclasses.fields(packed):
         assert torch.equal(getattr(folded, f.name), getattr(packed, f.name)), f.name
+
+
+def test_targets_may_be_kept_narrower_than_what_is_read() -> None:
+    sequences = [sequence(7, 2), sequence(4, 1, first_token=100)]
+    whole, narrow = (pack_sequences(sequences, 100, size) for size in (None, 1))
+    assert whole.target_hidden_BTD.shape[-1] == HIDDEN_SIZE > 1
+    assert torch.equal(narrow.target_hidden_BTD, whole.target_hidden_BTD[..., :1])
+    assert torch.equal(narrow.hidden_BTD, whole.hidden_BTD)

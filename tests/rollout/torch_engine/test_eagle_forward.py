@@ -1,12 +1,14 @@
-"""The serving forward is the drafter's own forward, in other operations."""
+"""The serving forwards are the drafters' own forwards, in other operations."""
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
+from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
 from fastrl.rollout.torch_engine.cache_views import CausalView
-from fastrl.rollout.torch_engine.eagle_forward import EagleForward
+from fastrl.rollout.torch_engine.eagle3_forward import Eagle3Forward
+from fastrl.rollout.torch_engine.eagle_forward import EagleForward, LayerForward
 from fastrl.rollout.torch_engine.kv_cache import KVCache
 
 ROTARY = {
@@ -22,9 +24,10 @@ ROTARY = {
     "yarn": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0},
 }
 VOCAB_SIZE = 50
+KINDS = {"eagle": (EagleDrafter, EagleForward), "eagle3": (Eagle3Drafter, Eagle3Forward)}
 
 
-def make_drafter(**changes: object) -> EagleDrafter:
+def make_drafter(kind: str = "eagle", **changes: object) -> EagleDrafter:
     config = LlamaConfig(
         **{
             "vocab_size": VOCAB_SIZE,
@@ -35,14 +38,22 @@ def make_drafter(**changes: object) -> EagleDrafter:
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
             "rope_parameters": ROTARY["default"],
+            "draft_vocab_size": VOCAB_SIZE,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1]},
             **changes,
         }
     )
     torch.manual_seed(0)
-    drafter = EagleDrafter(config)
+    drafter = KINDS[kind][0](config)
     for parameter in drafter.parameters():  # biases and norms too
         torch.nn.init.normal_(parameter, std=0.3)
     return drafter.requires_grad_(False).eval()
+
+
+def serving(drafter: EagleDrafter, embedding: torch.nn.Module) -> LayerForward:
+    """The forward of the drafter's kind."""
+    (forward,) = [forward for kind, forward in KINDS.values() if type(drafter) is kind]
+    return forward(drafter, embedding)
 
 
 def both_outputs(
@@ -63,7 +74,7 @@ def both_outputs(
             positions_BT,
             attention_mask=causal_TT.expand(3, 1, -1, -1),
         )
-        serve = EagleForward(drafter, embedding)
+        serve = serving(drafter, embedding)
         cache = KVCache(
             num_layers=1,
             num_kv_heads=drafter.num_kv_heads,
@@ -94,6 +105,7 @@ def both_outputs(
     return expected, torch.cat(served, dim=1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rotary", ROTARY)
 @pytest.mark.parametrize(
     "changes",
@@ -106,8 +118,8 @@ def both_outputs(
     ],
     ids=str,
 )
-def test_serving_computes_the_drafter_s_forward(changes, rotary):
-    drafter = make_drafter(rope_parameters=ROTARY[rotary], **changes)
+def test_serving_computes_the_drafter_s_forward(changes, rotary, kind):
+    drafter = make_drafter(kind, rope_parameters=ROTARY[rotary], **changes)
     expected, served = both_outputs(drafter, torch.float32)
     assert (served - expected).norm() < 1e-6 * expected.norm()
 
@@ -118,25 +130,27 @@ def test_serving_computes_it_far_into_a_sequence():
     assert (served - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_serving_in_bfloat16_is_as_near_to_float32_as_the_forward_itself():
-    exact, _ = both_outputs(make_drafter(), torch.float32)
-    expected, served = both_outputs(make_drafter(), torch.bfloat16)
+@pytest.mark.parametrize("kind", KINDS)
+def test_serving_in_bfloat16_is_as_near_to_float32_as_the_forward_itself(kind):
+    exact, _ = both_outputs(make_drafter(kind), torch.float32)
+    expected, served = both_outputs(make_drafter(kind), torch.bfloat16)
     own_error = (expected.float() - exact).norm()
     assert (served.float() - exact).norm() < 1.5 * own_error
 
 
-def test_loaded_weights_are_served_after_a_refresh():
-    drafter, other = make_drafter(), make_drafter()
+@pytest.mark.parametrize("kind", KINDS)
+def test_loaded_weights_are_served_after_a_refresh(kind):
+    drafter, other = make_drafter(kind), make_drafter(kind)
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     embedding = torch.nn.Embedding(VOCAB_SIZE, 32)
-    serve = EagleForward(drafter, embedding)
+    serve = serving(drafter, embedding)
     drafter.load_weights(other.named_weights(), source="test")
     serve.refresh()
-    fresh = EagleForward(other, embedding)
+    fresh = serving(other, embedding)
     tokens_BT, hidden_BTD = torch.tensor([[3]]), torch.randn(1, 1, 32)
 
-    def output(forward: EagleForward) -> torch.Tensor:
+    def output(forward: LayerForward) -> torch.Tensor:
         cache = KVCache(
             num_layers=1,
             num_kv_heads=2,
@@ -151,3 +165,6 @@ def test_loaded_weights_are_served_after_a_refresh():
             return forward(tokens_BT, hidden_BTD, torch.tensor([[0]]), view, 0)
 
     assert torch.equal(output(serve), output(fresh))
+    served = dict(serve.named_weights())
+    for name, tensor in other.named_weights():
+        assert torch.equal(served[name], tensor), name

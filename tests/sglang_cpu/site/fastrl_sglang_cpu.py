@@ -12,6 +12,8 @@ def activate():
     _accept_any_cpu()
     _verify_by_sampling()
     _allow_seeded_sampling()
+    _stay_stock()
+    _lose_a_hook()
     _report_embeddings()
     _lose_memory()
     torch.cuda.synchronize = lambda device=None: None  # its checksums wait for a GPU
@@ -39,6 +41,22 @@ def _allow_seeded_sampling():
 
     choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("intel_amx")
     batch_invariant_ops.enable_batch_invariant_mode = lambda: None
+
+
+def _stay_stock():
+    """For tests of an SGLang without FastRL's plugin: it answers requests, and hooks nothing."""
+    if "FASTRL_TEST_STOCK" in os.environ:
+        from fastrl.rollout.sglang_plugin import answer_requests
+
+        answer_requests()
+
+
+def _lose_a_hook():
+    """For the test of hooks: SGLang takes that function for one it has been through."""
+    if "FASTRL_TEST_LOST_HOOK" in os.environ:
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        HookRegistry._patched.add(os.environ["FASTRL_TEST_LOST_HOOK"])
 
 
 def _report_embeddings():
