@@ -47,6 +47,7 @@ setup(
             "pre-commit>=4",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.14",
             "types-PyYAML",
         ],

@@ -1,15 +1,24 @@
-"""Models that a test converts are kept for the session, not in the user's cache."""
+"""What every test starts with, in whichever order and process: one thread, a cache for the session.
 
-import shutil
-from collections.abc import Iterator
+Models that a test converts are kept for the session, not in the user's cache.
+"""
+
+import os
+import tempfile
 
 import pytest
+import torch
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    cache = tmp_path_factory.mktemp("models")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTRL_CACHE", str(cache))
-        yield
-    shutil.rmtree(cache)  # half a gigabyte, which pytest would keep for three sessions
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache for all of pytest-xdist's workers, which inherit it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    cache = tempfile.TemporaryDirectory(prefix="fastrl-models-")  # of half a gigabyte
+    os.environ["FASTRL_CACHE"] = cache.name
+    config.add_cleanup(cache.cleanup)
+
+
+def pytest_runtest_setup() -> None:
+    """Some of the scripts that tests run change torch's threads, for the rest of the process."""
+    torch.set_num_threads(1)

@@ -51,7 +51,6 @@ class BatchRecorder(Callback):
 def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["fastrl"])
-    torch.set_num_threads(1)
 
 
 def run_quickstart(

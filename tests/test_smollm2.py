@@ -47,11 +47,6 @@ QUESTIONS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder() -> str:
     """Converted once a session, into the cache of tests/conftest.py."""

@@ -20,11 +20,6 @@ MakeBatch = Callable[..., RolloutBatch]
 Fit = Callable[..., Trainer]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama with attention dropout in its configuration, which training must ignore."""

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sglang_engine import SGLangEngine
@@ -14,11 +13,6 @@ from fastrl.rollout.torch_engine import TorchEngine
 from tests.rollout.sglang_options import sglang_options
 from tests.rollout.tiny_models import make_drafter, make_target
 from tests.sglang_cpu import environment
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -332,20 +332,25 @@ def new_groups():
     return lambda: groups() - before
 
 
-@pytest.mark.parametrize("victim", ["leader", "scheduler"])
-def test_an_engine_killed_while_it_generates_is_named_and_leaves_nothing(sglang_engine, victim):
-    group = sglang_engine.process.group
+@pytest.mark.parametrize(("victim", "strategy"), [("leader", "3_1_4"), ("scheduler", "5_2_12")])
+def test_an_engine_killed_while_it_generates_is_named_and_leaves_nothing(
+    sglang_by_strategy, target_model, victim, strategy
+):
+    """One that no later test needs: another is ten seconds of importing."""
+    engine = sglang_by_strategy(strategy)
+    engine.load_policy(target_model.named_parameters(), version=0)
+    group = engine.process.group
     pid = group if victim == "leader" else scheduler_of(group)
     threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
     started = time.monotonic()
     told = r"died during 'generate'.*(SIGKILL|scheduler.* is gone)[\s\S]*\.log"
     with pytest.raises(EngineError, match=told) as error:
-        sglang_engine.generate(make_prompts(1), LONG, num_samples=2000)
+        engine.generate(make_prompts(1), LONG, num_samples=2000)
     assert time.monotonic() - started < 30
     assert "    [" in str(error.value)  # lines of the log
     assert living_members(group) == []
     with pytest.raises(EngineError, match="start it anew"):
-        sglang_engine.generate(make_prompts(1), GREEDY)
+        engine.generate(make_prompts(1), GREEDY)
 
 
 def test_an_engine_that_hangs_is_ended_at_its_time_limit(start_sglang, target_model):
