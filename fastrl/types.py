@@ -221,6 +221,14 @@ class StepStats:
     that rank in the tree (a node's children rank from 0, the most likely first)."""
     accepted_by_rank: tuple[tuple[int, ...], ...] = ()
     """[depth][rank]: rows among them that accepted this very child; at most one rank a row."""
+    places: tuple[int, ...] = ()
+    """By row, the tokens its response had before the step; empty, as are the next two, where the
+    engine does not tell rows apart."""
+    ranks_by_row: tuple[tuple[int, ...], ...] = ()
+    """[row][depth]: rank of the child accepted there."""
+    num_children_by_row: tuple[tuple[int, ...], ...] = ()
+    """[row][depth]: children of the node at which `depth` draft tokens are accepted, as far as the
+    row got and the strategy drafts."""
     referenced_rows: int = 0
     """Rows whose prompt has a whole response that n-grams can look things up in: a finished one of
     the same group, or one from when it was asked before."""

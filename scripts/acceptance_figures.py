@@ -2,7 +2,8 @@
 
 The place of a decode step is that of the first token it emits in its response, from 1 (the token at
 0 is the prefill's); places are put together in buckets 1, 2-3, 4-7, … . A chain of drafts is at the
-place of its first draft. All are plain counts, so those of the parts add up to those of the whole.
+place of its first draft. All are plain counts, so those of the parts add up to those of the whole,
+but for SGLang's acceptance by place, of which ends of responses are left out (`PlaceCounts`).
 Leaves out generating (eval_drafter.py), tables and plots (acceptance_report.py), and speed
 (rollout_figures.py).
 """
@@ -59,6 +60,7 @@ class AcceptanceFigure:
     """Drafts of a strategy that were offered for verification, and accepted."""
 
     strategy: str
+    part: Part
     depth: int
     """From 1."""
     rank: int | None
@@ -142,54 +144,116 @@ def _order(tasks: Sequence[str]) -> Callable[[Part], tuple[int, int]]:
 
 
 class RankCounts:
-    """Adds up offered and accepted children of a strategy's steps."""
+    """Adds up offered and accepted children of a strategy's steps, which tell rows apart."""
 
     def __init__(self) -> None:
-        self._offered: Counter[tuple[int, int]] = Counter()
-        self._accepted: Counter[tuple[int, int]] = Counter()
+        self.task = ""
+        """Of the steps that are added next."""
+        self.by_place = PlaceCounts()
+        self._tasks: dict[str, None] = {}  # in their order
+        self._offered: Counter[tuple[Part, int, int]] = Counter()
+        self._accepted: Counter[tuple[Part, int, int]] = Counter()
 
     def add(self, stats: StepStats) -> None:
         """A decode step."""
-        for counts, by_rank in (
-            (self._offered, stats.offered_by_rank),
-            (self._accepted, stats.accepted_by_rank),
+        self._tasks[self.task] = None
+        for place, ranks, num_children in zip(
+            stats.places, stats.ranks_by_row, stats.num_children_by_row, strict=True
         ):
-            for depth, ranks in enumerate(by_rank, start=1):
-                for rank, count in enumerate(ranks, start=1):
-                    counts[depth, rank] += count
+            self.by_place.add(place, num_offered=len(num_children), num_accepted=len(ranks))
+            for part in _parts(self.task, place):
+                for depth, count in enumerate(num_children, start=1):
+                    for rank in range(1, count + 1):
+                        self._offered[part, depth, rank] += 1
+                for depth, rank in enumerate(ranks, start=1):
+                    self._accepted[part, depth, rank + 1] += 1
 
     def figures(self, strategy: str) -> list[AcceptanceFigure]:
-        """By depth and rank; those that were never offered are left out."""
+        """By part, depth and rank; those that were never offered are left out."""
+        order = _order(list(self._tasks))
         return [
             AcceptanceFigure(
                 strategy=strategy,
+                part=part,
                 depth=depth,
                 rank=rank,
-                num_offered=count,
-                num_accepted=self._accepted[depth, rank],
+                num_offered=self._offered[part, depth, rank],
+                num_accepted=self._accepted[part, depth, rank],
             )
-            for (depth, rank), count in sorted(self._offered.items())
-            if count
+            for part, depth, rank in sorted(
+                self._offered, key=lambda key: (order(key[0]), *key[1:])
+            )
         ]
 
 
-def depth_figures(strategy: str, stats: Iterable[EngineStats]) -> list[AcceptanceFigure]:
-    """By depth, over several calls; depths that were never offered are left out."""
-    offered: Counter[int] = Counter()
-    accepted: Counter[int] = Counter()
-    for one in stats:
-        offered.update(dict(enumerate(one.offered_by_depth, start=1)))
-        accepted.update(dict(enumerate(one.accepted_by_depth, start=1)))
+class PlaceCounts:
+    """Adds up offered and accepted drafts by place and depth."""
+
+    def __init__(self) -> None:
+        self._offered: Counter[tuple[Part, int]] = Counter()
+        self._accepted: Counter[tuple[Part, int]] = Counter()
+
+    def add(self, place: int, *, num_offered: int, num_accepted: int) -> None:
+        """A response's step: depths offered to it and accepted, each from the first on."""
+        part = Part(places=bucket(place))
+        for depth in range(1, num_offered + 1):
+            self._offered[part, depth] += 1
+        for depth in range(1, num_accepted + 1):
+            self._accepted[part, depth] += 1
+
+    @classmethod
+    def of_rollouts(cls, rollouts: Iterable[Rollout], depth: int) -> PlaceCounts:
+        """From the tokens that steps emitted, of an engine that tells no rows apart.
+
+        The last token of a response is left out: nothing says whether it was a draft.
+        """
+        counts = cls()
+        for rollout in rollouts:
+            steps = list(steps_with_places(rollout))
+            for number, (place, num_tokens) in enumerate(steps, start=1):
+                num_known = num_tokens - (number == len(steps))
+                counts.add(place, num_offered=min(num_known, depth), num_accepted=num_tokens - 1)
+        return counts
+
+    def figures(self, strategy: str) -> list[AcceptanceFigure]:
+        """By place and depth; those that were never offered are left out."""
+        order = _order(())
+        return [
+            AcceptanceFigure(
+                strategy=strategy,
+                part=part,
+                depth=depth,
+                rank=None,
+                num_offered=self._offered[part, depth],
+                num_accepted=self._accepted[part, depth],
+            )
+            for part, depth in sorted(self._offered, key=lambda key: (order(key[0]), key[1]))
+        ]
+
+
+def depth_figures(strategy: str, stats: Mapping[str, EngineStats]) -> list[AcceptanceFigure]:
+    """By depth, over all tasks' calls and of each; depths never offered are left out."""
+    offered: Counter[tuple[Part, int]] = Counter()
+    accepted: Counter[tuple[Part, int]] = Counter()
+    for task, one in stats.items():
+        for part in (Part(), Part(task=task)):
+            for counts, by_depth in (
+                (offered, one.offered_by_depth),
+                (accepted, one.accepted_by_depth),
+            ):
+                counts.update({(part, d): count for d, count in enumerate(by_depth, start=1)})
+    order = _order(list(stats))
     return [
         AcceptanceFigure(
             strategy=strategy,
+            part=part,
             depth=depth,
             rank=None,
-            num_offered=offered[depth],
-            num_accepted=accepted[depth],
+            num_offered=offered[part, depth],
+            num_accepted=accepted[part, depth],
         )
-        for depth in sorted(offered)
-        if offered[depth]
+        for part, depth in sorted(offered, key=lambda key: (order(key[0]), key[1]))
+        if offered[part, depth]
     ]
 
 

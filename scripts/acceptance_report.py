@@ -14,6 +14,8 @@ from rollout_figures import OFF, draw_ratios
 from sd_figures import EngineFigure, print_figures
 
 _ALL = Part()
+_SHOWN_DEPTHS = 3
+"""Of tasks and places; the JSON has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +50,17 @@ def print_report(report: Report) -> None:
         },
     )
     print("\nshare of steps that accept a draft at a depth, of the (n) that accepted all before")
-    _print_table(strategies, _depth_rows(report.depths, strategies))
+    _print_table(strategies, _depth_rows(of_all(report.depths), strategies))
     for strategy in strategies:
-        _print_ranks([figure for figure in report.ranks if figure.strategy == strategy])
+        _print_parts([figure for figure in report.depths if figure.strategy == strategy])
+    for strategy in strategies:
+        _print_ranks([figure for figure in of_all(report.ranks) if figure.strategy == strategy])
     print("\nshare of response tokens among the drafter's k most likely, by depth")
     _print_table([f"k = {k}" for k in KS], _topk_rows(report.topk))
 
 
 def print_speed(figures: Sequence[EngineFigure]) -> None:
-    """Each strategy against plain decoding, on this machine."""
+    """Each arm against plain decoding, on this machine."""
     print(f"\ntokens a second, and in ratio to {OFF}")
     print_figures(figures)
 
@@ -85,6 +89,28 @@ def _depth_rows(
         f"depth {depth}": [rates.get((strategy, depth), "-") for strategy in strategies]
         for depth in depths
     }
+
+
+def of_all(figures: Sequence[AcceptanceFigure]) -> list[AcceptanceFigure]:
+    """Those that are of no task or place of their own."""
+    return [figure for figure in figures if figure.part == _ALL]
+
+
+def _print_parts(figures: Sequence[AcceptanceFigure]) -> None:
+    """Of one strategy, the first depths by task and by place."""
+    if not figures:
+        return
+    rates = {(f.part, f.depth): f"{f.rate:.3f} ({f.num_offered})" for f in figures}
+    depths = range(1, min(max(figure.depth for figure in figures), _SHOWN_DEPTHS) + 1)
+    print(f"\n{figures[0].strategy}: the same by task and by place in the response")
+    _print_table(
+        [f"depth {depth}" for depth in depths],
+        {
+            part.name: [rates.get((part, depth), "-") for depth in depths]
+            for part in dict.fromkeys(figure.part for figure in figures)
+            if part != _ALL
+        },
+    )
 
 
 def _print_ranks(figures: Sequence[AcceptanceFigure]) -> None:
@@ -141,8 +167,8 @@ def draw(report: Report, path: Path) -> None:
     canvas, panels = pyplot.subplots(nrows=2, ncols=3, figsize=(17, 9))
     (depths, ranks, places), (topk, tasks, speed) = panels
     strategies = list(dict.fromkeys(figure.strategy for figure in report.lengths))
-    _draw_depths(depths, report.depths, strategies)
-    _draw_ranks(ranks, report.ranks)
+    _draw_depths(depths, of_all(report.depths), strategies)
+    _draw_ranks(ranks, of_all(report.ranks))
     _draw_places(places, report.lengths, strategies)
     _draw_topk(topk, report.topk)
     _draw_tasks(tasks, report.lengths, strategies)

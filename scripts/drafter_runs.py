@@ -60,8 +60,8 @@ class Generated:
 
     rollouts: dict[str, list[Rollout]] = field(default_factory=dict)
     """By task."""
-    stats: list[EngineStats] = field(default_factory=list)
-    """A task each."""
+    stats: dict[str, EngineStats] = field(default_factory=dict)
+    """By task."""
     counts: RankCounts | None = None
     """None from SGLang, whose steps are in another process."""
 
@@ -95,10 +95,12 @@ def generate(
                 result.counts = selector.counts
             arm.engine.strategy_selector = selector
             for task, of_task in prompts.items():
+                if result.counts is not None:
+                    result.counts.task = task
                 result.rollouts[task] = arm.engine.generate(
                     of_task, sampling, num_samples=num_samples, seed=seed
                 )
-                result.stats.append(arm.engine.stats())
+                result.stats[task] = arm.engine.stats()
     return generated
 
 
@@ -138,6 +140,7 @@ def ranks_of(
 
 def time_rounds(
     session: Session,
+    batch_size: int,
     asked: Iterator[Prompt],
     *,
     num_prompts: int,
@@ -150,6 +153,7 @@ def time_rounds(
 
     Args:
         session: of all arms.
+        batch_size: one of its.
         asked: prompts without end; all arms answer the same, in an order of each round's own.
         num_prompts: of a round.
         num_rounds: that count.
@@ -157,7 +161,6 @@ def time_rounds(
         num_samples: responses a prompt.
         seed: of tokens, and of the order of arms.
     """
-    (batch_size,) = session.batch_sizes
     names = session.arms_at(batch_size)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     rng = random.Random(f"{seed}/{batch_size}")

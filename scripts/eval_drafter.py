@@ -3,11 +3,12 @@
 For a target, its drafter and prompts of one or several tasks:
 
 - accept length by strategy, of all steps, by task and by place in the response;
-- acceptance by depth, and by rank among a node's children;
+- acceptance by depth, and by rank among a node's children, likewise by task and by place;
 - top-k accuracy by depth: how often a response's token is among the drafter's k most likely, the
   drafter run along the true tokens (fastrl/rollout/drafters/token_ranks.py);
 - tokens a second of each strategy against plain decoding, in rounds of shuffled order: decode
-  steps alone, over responses of the lengths they have.
+  steps alone, over responses of the lengths they have. `adaptive` is the project's bandit, which
+  chooses among them at each step, and among n-gram trees if asked; it learns as it is timed.
 
     python scripts/eval_drafter.py --model models/quickstart/policy \\
         --drafter models/quickstart/drafter --tasks '[chain_sum, basic_arithmetic]' \\
@@ -16,8 +17,8 @@ For a target, its drafter and prompts of one or several tasks:
 Acceptance and accuracy are of the same responses, each from the strategy's own rollouts; in float32
 these are the same tokens whatever the strategy, and top-k accuracy takes the first strategy's. A
 drafter that the embedded engine holds for bad is evaluated all the same, but not timed. SGLang,
-one engine that switches between the strategies, tells no ranks. Leaves out training, n-grams, and
-the bandit (bench_rollout.py, bench_sd.py).
+one engine that switches between the strategies, tells no ranks. Leaves out training, what n-grams
+accept, and what the bandit chooses (bench_rollout.py, bench_sd.py).
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from acceptance_figures import depth_figures, length_figures, topk_figures
+from acceptance_figures import PlaceCounts, depth_figures, length_figures, topk_figures
 from acceptance_report import Report, draw, print_report, print_speed, write_json
 from bench_inputs import load_questions, load_weights, print_machine
 from bench_sd import Bench, make_figures
 from drafter_runs import SESSIONS, Generated, generate, ranks_of, time_rounds
-from rollout_figures import OFF
-from sd_engines import Sample, Session, SGLangOptions, Subject
+from rollout_figures import ADAPTIVE, OFF
+from sd_engines import Sample, SGLangOptions, Subject
 from sd_figures import EngineFigure
 from transformers import PreTrainedModel
 
@@ -79,7 +80,11 @@ class Evaluation:
     num_samples: int = 2
     """Responses to each."""
     strategies: list[str] = field(default_factory=lambda: ["2_1_3", "4_2_8", "8_4_32"])
-    """Draft trees."""
+    """Draft trees of the drafter."""
+    ngram_strategies: list[str] = field(default_factory=list)
+    """Trees of n-grams, as ngram_8_1_9, that are timed as well; not with SGLang."""
+    adaptive: bool = True
+    """Whether the bandit over all of them is timed as well."""
     max_batch_size: int = 16
     """Most rollouts decoded at once where acceptance is counted."""
     max_depth: int = 8
@@ -116,7 +121,13 @@ class Evaluation:
             if not DraftStrategy.parse(strategy).needs_learned_drafter:
                 raise ValueError(
                     f"strategies are draft trees of the drafter, as '4_2_8', got {strategy!r}; "
-                    f"plain decoding is always measured, n-grams by bench_rollout.py"
+                    f"plain decoding is always measured; name n-gram trees in ngram_strategies"
+                )
+        for strategy in self.ngram_strategies:
+            if DraftStrategy.parse(strategy).drafter != "ngram":
+                raise ValueError(
+                    f"ngram_strategies are written as 'ngram_8_1_9', got {strategy!r}; name trees "
+                    f"of the drafter in strategies"
                 )
         for name in (
             *("num_prompts", "num_samples", "max_batch_size", "max_depth"),
@@ -132,13 +143,19 @@ class Evaluation:
             speed_bench(self)  # refuses what cannot be measured
 
 
+def timed_arms(evaluation: Evaluation) -> list[str]:
+    """What the speed is measured of."""
+    adaptive = [ADAPTIVE] if evaluation.adaptive else []
+    return [OFF, *evaluation.strategies, *evaluation.ngram_strategies, *adaptive]
+
+
 def speed_bench(evaluation: Evaluation) -> Bench:
-    """The benchmark of its strategies, whose figures the speed is told in."""
+    """The benchmark of its arms, whose figures the speed is told in."""
     return Bench(
         engine=evaluation.engine,
         model=evaluation.model,
         drafter=evaluation.drafter,
-        arms=[OFF, *evaluation.strategies],
+        arms=timed_arms(evaluation),
         batch_sizes=evaluation.batch_sizes,
         rounds=evaluation.rounds,
         warm_up_rounds=evaluation.warm_up_rounds,
@@ -237,7 +254,7 @@ def _numbered(prompts: Sequence[Prompt], ids: Iterator[int]) -> list[Prompt]:
 def measure_speed(
     evaluation: Evaluation, pair: Pair, prompts: dict[str, list[Prompt]]
 ) -> list[EngineFigure]:
-    """Each strategy against `off`, on prompts of all tasks in turn; none where it is not asked."""
+    """Each arm against `off`, on prompts of all tasks in turn; none where it is not asked."""
     if not evaluation.batch_sizes:
         return []
     mixed = [
@@ -247,24 +264,24 @@ def measure_speed(
         if prompt is not None
     ]
     asked = _numbered_forever(mixed)
-    arms = [OFF, *evaluation.strategies]
-    sessions: list[Session] = []
     samples: dict[tuple[str, int], list[Sample]] = {}
-    for batch_size in evaluation.batch_sizes:
-        num_responses = max(evaluation.responses_per_round, batch_size)
-        count = math.ceil(num_responses / evaluation.num_samples)
-        (session,) = SESSIONS[evaluation.engine](pair.subject, arms, [batch_size])
-        sessions.append(session)
-        timed = time_rounds(
-            session,
-            asked,
-            num_prompts=count,
-            num_rounds=evaluation.rounds,
-            num_warm_up=evaluation.warm_up_rounds,
-            num_samples=evaluation.num_samples,
-            seed=evaluation.seed,
-        )
-        samples |= {(arm, batch_size): of_arm for arm, of_arm in timed.items()}
+    sessions = SESSIONS[evaluation.engine](
+        pair.subject, timed_arms(evaluation), evaluation.batch_sizes
+    )
+    for session in sessions:
+        for batch_size in session.batch_sizes:
+            num_responses = max(evaluation.responses_per_round, batch_size)
+            timed = time_rounds(
+                session,
+                batch_size,
+                asked,
+                num_prompts=math.ceil(num_responses / evaluation.num_samples),
+                num_rounds=evaluation.rounds,
+                num_warm_up=evaluation.warm_up_rounds,
+                num_samples=evaluation.num_samples,
+                seed=evaluation.seed,
+            )
+            samples |= {(arm, batch_size): of_arm for arm, of_arm in timed.items()}
     return make_figures(speed_bench(evaluation), samples, sessions)
 
 
@@ -307,7 +324,7 @@ def evaluate(evaluation: Evaluation) -> Report:
 
 def count(evaluation: Evaluation, pair: Pair, generated: Mapping[str, Generated]) -> Report:
     """All but the speed."""
-    every_stats = [stats for result in generated.values() for stats in result.stats]
+    every_stats = [stats for result in generated.values() for stats in result.stats.values()]
     report = Report(
         subject=_subject(evaluation),
         failures=[failure for stats in every_stats for failure in stats.drafter_failures],
@@ -317,6 +334,12 @@ def count(evaluation: Evaluation, pair: Pair, generated: Mapping[str, Generated]
         report.depths.extend(depth_figures(strategy, result.stats))
         if result.counts is not None:
             report.ranks.extend(result.counts.figures(strategy))
+            by_place = result.counts.by_place
+        else:
+            by_place = PlaceCounts.of_rollouts(
+                itertools.chain(*result.rollouts.values()), DraftStrategy.parse(strategy).depth
+            )
+        report.depths.extend(by_place.figures(strategy))
     ranks = {
         task: ranks_of(pair.model, pair.drafter, rollouts, max_depth=evaluation.max_depth)
         for task, rollouts in generated[evaluation.strategies[0]].rollouts.items()

@@ -30,10 +30,11 @@ from fastrl.datamodules.feature_cache import FeatureCache
 from fastrl.datamodules.feature_identity import feature_identity
 from fastrl.datamodules.prompts import PromptCursor, PromptSource
 from fastrl.datamodules.responses import ResponseMaker
-from fastrl.datamodules.rows import RowStream, all_rows
+from fastrl.datamodules.rows import RowStream, held_out_rows
 from fastrl.datamodules.shard_order import ShardOrder, rank_share
 from fastrl.datamodules.streams import BatchLoader, load_batches
 from fastrl.model_files import resolve_model
+from fastrl.rollout.drafters.held_out import HeldOutRow
 from fastrl.rollout.drafters.packing import PackedFeatures
 from fastrl.rollout.drafters.target_features import sequence_features
 from fastrl.rollout.engine import RolloutEngine
@@ -44,6 +45,8 @@ TOKENS_PER_FORWARD = 4096
 stand."""
 COUNTED_TOKENS = 2**18
 """Of responses, over all ranks, by which a draft vocabulary is chosen."""
+NO_TASK = "unnamed"
+"""The task of prompts whose metadata name none."""
 _TRAIN, _HELD_OUT = "train", "held_out"
 
 
@@ -90,8 +93,10 @@ class FeatureDataModule(pl.LightningDataModule):
 
     tokenizer: PreTrainedTokenizerBase
     """Of the target, loaded in `setup`."""
+    held_out_tasks: tuple[str, ...]
+    """Tasks of all ranks' held-out prompts, by `metadata["task"]`; set there too."""
     _maker: ResponseMaker
-    """Made there too."""
+    """Made there."""
 
     def __init__(
         self,
@@ -179,6 +184,8 @@ class FeatureDataModule(pl.LightningDataModule):
                 max_prompt_tokens=limit,
                 split=split.replace("_", "-"),
             )
+            if split == _HELD_OUT:
+                self.held_out_tasks = tuple(sorted({_task(prompt) for prompt in prompts}))
             share = self._share(prompts)
             starts = range(0, len(share), self.prompts_per_shard)
             self._prompts[split] = share
@@ -205,16 +212,16 @@ class FeatureDataModule(pl.LightningDataModule):
         """`num_steps` rows from the cursor on."""
         return load_batches(self.num_steps, lambda _: self._training_row())
 
-    def val_dataloader(self) -> BatchLoader[list[PackedFeatures]]:
+    def val_dataloader(self) -> BatchLoader[list[HeldOutRow]]:
         """The held-out shards, each as all its rows."""
         return load_batches(len(self._shards[_HELD_OUT]), self._held_out_rows)
 
     def transfer_batch_to_device(
         self,
-        batch: PackedFeatures | list[PackedFeatures],
+        batch: PackedFeatures | list[HeldOutRow],
         device: torch.device,
         dataloader_idx: int,
-    ) -> PackedFeatures | list[PackedFeatures]:
+    ) -> PackedFeatures | list[HeldOutRow]:
         """Lightning's own way would assign to the fields of a frozen record."""
         if isinstance(batch, list):
             return [row.to(device) for row in batch]
@@ -240,11 +247,13 @@ class FeatureDataModule(pl.LightningDataModule):
             )
         return self._rows
 
-    def _held_out_rows(self, shard: int) -> list[PackedFeatures]:
+    def _held_out_rows(self, shard: int) -> list[HeldOutRow]:
         if self._rows is not None:
             self._rows.settle()
         features = self._features(_HELD_OUT, shard)
-        return all_rows(features, self.tokens_per_step, self._hidden_size())
+        prompts = self._shards[_HELD_OUT][shard]
+        tasks = [_task(prompt) for prompt in prompts for _ in range(self.num_samples)]
+        return held_out_rows(features, tasks, self.tokens_per_step, self._hidden_size())
 
     def _hidden_size(self) -> int:
         return int(self._source.target.config.get_text_config().hidden_size)
@@ -391,6 +400,10 @@ class FeatureDataModule(pl.LightningDataModule):
             self._rows = None
         if self._shards:
             self._maker.close()
+
+
+def _task(prompt: Prompt) -> str:
+    return str(prompt.metadata.get("task", NO_TASK))
 
 
 def _shard_name(split: str, shard: int) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from fastrl.datamodules.read_ahead import ReadAhead
 from fastrl.datamodules.shard_order import ShardOrder, row_length
+from fastrl.rollout.drafters.held_out import HeldOutRow
 from fastrl.rollout.drafters.packing import (
     PackedFeatures,
     fold_segments,
@@ -22,7 +23,7 @@ from fastrl.rollout.drafters.packing import (
     num_pairs,
     pack_sequences,
 )
-from fastrl.types import SequenceFeatures
+from fastrl.types import SequenceFeatures, TokenSequence
 
 _log = logging.getLogger(__name__)
 
@@ -138,17 +139,26 @@ class RowStream:
         )
 
 
-def all_rows(
-    features: Sequence[SequenceFeatures], max_pairs: int, target_size: int
-) -> list[PackedFeatures]:
-    """Rows of all sequences that have a token to predict, in order."""
-    sequences = usable(features)
-    rows: list[PackedFeatures] = []
-    while sequences:
-        num_taken = row_length(sequences, max_pairs)
-        packed = pack_sequences(sequences[:num_taken], max_pairs, target_size)
-        rows.append(fold_segments(packed))
-        sequences = sequences[num_taken:]
+def held_out_rows(
+    features: Sequence[SequenceFeatures], tasks: Sequence[str], max_pairs: int, target_size: int
+) -> list[HeldOutRow]:
+    """Rows of all sequences that have a token to predict, in order; `tasks` are the sequences'."""
+    named = [pair for pair in zip(features, tasks, strict=True) if usable([pair[0]])]
+    rows: list[HeldOutRow] = []
+    while named:
+        taken = named[: row_length([sequence for sequence, _ in named], max_pairs)]
+        packed = pack_sequences([sequence for sequence, _ in taken], max_pairs, target_size)
+        rows.append(
+            HeldOutRow(
+                packed=fold_segments(packed),
+                sequences=tuple(
+                    TokenSequence(tokens_T=one.tokens_T, num_prompt_tokens=one.num_prompt_tokens)
+                    for one, _ in taken
+                ),
+                tasks=tuple(task for _, task in taken),
+            )
+        )
+        named = named[len(taken) :]
     return rows
 
 

@@ -2,8 +2,8 @@
 
 One batch is one packed row of the target's hidden states (datamodules/features.py), and one
 optimizer step on the loss that co-training takes (rollout/drafters/training.py). Held-out rows show
-cross-entropy and acceptance by depth. The drafter's folder is written at every checkpoint and at
-the end, whole or not at all.
+what is accepted of drafts (rollout/drafters/held_out.py). The drafter's folder is written at every
+checkpoint and at the end, whole or not at all.
 
 The target is no submodule: it is never trained, nor in checkpoints, nor in the folder; its
 embedding and LM head are read where it holds them. A step here is counted as an RL step is
@@ -33,9 +33,9 @@ from fastrl.model_files import resolve_model
 from fastrl.modules import checkpoint_header
 from fastrl.modules.loading import check_model_folder, load_causal_lm
 from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count_rl_steps
-from fastrl.rollout.drafters.agreement import agreement_by_depth
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
+from fastrl.rollout.drafters.held_out import HeldOutRow, HeldOutSums, place_figures
 from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.drafters.loss import LossSettings
 from fastrl.rollout.drafters.packing import PackedFeatures
@@ -49,18 +49,20 @@ from fastrl.rollout.drafters.training import (
 from fastrl.rollout.drafters.vocabulary import most_counted
 from fastrl.rollout.end_of_sequence import eos_token_ids
 
-MAX_DEPTH = 6
-"""Of the held-out figures."""
-
 
 @runtime_checkable
-class _CountsTokens(Protocol):
-    """What a draft vocabulary is chosen by."""
+class _WarmUpData(Protocol):
+    """What is asked of a FeatureDataModule, besides batches."""
+
+    @property
+    def held_out_tasks(self) -> tuple[str, ...]:
+        """Of all ranks' held-out rows."""
+        ...
 
     tokenizer: PreTrainedTokenizerBase
 
     def response_token_counts(self) -> dict[int, int]:
-        """Of all ranks' responses."""
+        """Of all ranks' responses: what a draft vocabulary is chosen by."""
         ...
 
 
@@ -120,7 +122,7 @@ class DrafterModule(LightningModule):
         self.is_updating = False
         self._own_scheduler: LambdaLR | None = None
         self._target: tuple[PreTrainedModel, ...] = ()  # in a tuple, so that it is no submodule
-        self._held_out = torch.zeros(3, MAX_DEPTH, dtype=torch.float64)
+        self._held_out = HeldOutSums((), torch.device("cpu"))  # anew for each validation
 
     # ---- models ----------------------------------------------------------------------------------
 
@@ -164,13 +166,7 @@ class DrafterModule(LightningModule):
         if not self._is_vocabulary_due:
             return
         assert self.draft_vocab_size is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, _CountsTokens):
-            raise ValueError(
-                f"draft_vocab_size counts the responses of a FeatureDataModule, got "
-                f"{type(data).__name__}; pass one to Trainer.fit(datamodule=...)"
-            )
-        counts = data.response_token_counts()
+        counts = self._data("draft_vocab_size counts its responses").response_token_counts()
         chosen = most_counted(
             counts,
             vocab_size=self.drafter.config.vocab_size,
@@ -185,6 +181,15 @@ class DrafterModule(LightningModule):
             f"{self.drafter.config.vocab_size} tokens, {chosen.coverage:.2%} of the "
             f"{sum(counts.values())} that were counted"
         )
+
+    def _data(self, reason: str) -> _WarmUpData:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, _WarmUpData):
+            raise ValueError(
+                f"expected a FeatureDataModule, for {reason}, got {type(data).__name__}; pass one "
+                f"as the Trainer's datamodule"
+            )
+        return data
 
     def on_fit_start(self) -> None:
         """Check strategy, precision and the output folder, before anything is generated."""
@@ -207,10 +212,11 @@ class DrafterModule(LightningModule):
         self._choose_vocabulary()
 
     def on_validation_start(self) -> None:
-        """The target goes where the drafter is."""
+        """The target goes where the drafter is; nothing is counted yet."""
         self._bring_target()
         self._choose_vocabulary()
-        self._held_out = torch.zeros(3, MAX_DEPTH, dtype=torch.float64, device=self.device)
+        tasks = self._data("held-out figures are by task").held_out_tasks
+        self._held_out = HeldOutSums(tasks, self.device)
 
     def _bring_target(self) -> None:
         cast(torch.nn.Module, self.target).to(self.device)
@@ -274,28 +280,21 @@ class DrafterModule(LightningModule):
 
     # ---- evaluation ------------------------------------------------------------------------------
 
-    def validation_step(self, batch: Sequence[PackedFeatures], batch_idx: int) -> None:
-        """Sum agreement by depth over held-out rows."""
+    def validation_step(self, batch: Sequence[HeldOutRow], batch_idx: int) -> None:
+        """Sum up what held-out rows say of the drafter."""
         for row in batch:
-            agreements = agreement_by_depth(
-                self.drafter,
-                *shared_weights(self.target),
-                row.to(self.device, torch.float32),
-                max_depth=MAX_DEPTH,
+            places, agreements = place_figures(
+                self.drafter, *shared_weights(self.target), row.to(self.device, torch.float32)
             )
-            for depth, at_depth in enumerate(agreements):
-                sums = (1.0, at_depth.cross_entropy, at_depth.top1_acceptance)
-                self._held_out[:, depth] += at_depth.num_chains * self._held_out.new_tensor(sums)
+            self._held_out.add(places, agreements, row.tasks)
 
     def on_validation_epoch_end(self) -> None:
-        """Means over all held-out tokens of all ranks; none for depths that no chain reaches."""
-        sums = cast(Tensor, self.trainer.strategy.reduce(self._held_out, reduce_op="sum"))
-        num_chains, cross_entropy, acceptance = sums.tolist()
-        values = {"step": float(self.rl_step)}
-        for depth in (d for d in range(MAX_DEPTH) if num_chains[d]):
-            suffix = f"depth_{depth + 1}"
-            values[f"warmup/held_out_loss_{suffix}"] = cross_entropy[depth] / num_chains[depth]
-            values[f"warmup/held_out_acceptance_{suffix}"] = acceptance[depth] / num_chains[depth]
+        """Means over all held-out tokens of all ranks; none of what no token was counted for."""
+        strategy = self.trainer.strategy
+        self._held_out.reduce(lambda sums: cast(Tensor, strategy.reduce(sums, reduce_op="sum")))
+        figures = self._held_out.figures()
+        values = {f"warmup/held_out_{name}": figure for name, figure in figures.items()}
+        values["step"] = float(self.rl_step)
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
         if self.trainer.sanity_checking and self.rl_step == 0:  # which Lightning does not log
             for logger in self.trainer.loggers:

@@ -9,7 +9,7 @@ from fastrl.types import DraftStrategy, StepStats
 
 
 def plain_stats(stats: StepStats) -> dict[str, Any]:
-    """In plain numbers, lists and strings."""
+    """In plain numbers, lists and strings, without what is told row by row: no bandit asks."""
     return {
         "strategy": str(stats.strategy),
         "batch_size": stats.batch_size,
@@ -23,7 +23,7 @@ def plain_stats(stats: StepStats) -> dict[str, Any]:
 
 
 def restored_stats(plain: Mapping[str, Any]) -> StepStats:
-    """What `plain_stats` was given."""
+    """What `plain_stats` kept."""
     return StepStats(
         strategy=DraftStrategy.parse(plain["strategy"]),
         batch_size=plain["batch_size"],

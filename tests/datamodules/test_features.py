@@ -19,10 +19,16 @@ import torch
 from lightning import LightningModule
 from transformers import AutoTokenizer, PreTrainedModel
 
-from fastrl.datamodules import FeatureDataModule, JsonlPrompts, ReasoningGymPrompts
+from fastrl.datamodules import (
+    FeatureDataModule,
+    JsonlPrompts,
+    MixedPrompts,
+    ReasoningGymPrompts,
+)
 from fastrl.datamodules.rows import RowStream
 from fastrl.datamodules.shard_order import ShardOrder, rank_share, row_length
 from fastrl.modules.loading import load_causal_lm
+from fastrl.rollout.drafters.held_out import HeldOutRow
 from fastrl.rollout.drafters.packing import PackedFeatures, fold_segments, pack_sequences
 from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.types import SamplingParams, SequenceFeatures
@@ -41,6 +47,7 @@ class Collector(LightningModule):
         self.rl_step = 0
         self.rows: list[PackedFeatures] = []
         self.held_out: list[PackedFeatures] = []
+        self.held_out_rows: list[HeldOutRow] = []
         self.num_forwards = 0
 
     @property
@@ -51,8 +58,9 @@ class Collector(LightningModule):
         self.rows.append(batch)
         self.rl_step += 1
 
-    def validation_step(self, batch: list[PackedFeatures], batch_idx: int) -> None:
-        self.held_out += batch
+    def validation_step(self, batch: list[HeldOutRow], batch_idx: int) -> None:
+        self.held_out_rows += batch
+        self.held_out += [row.packed for row in batch]
 
     def configure_optimizers(self) -> None:
         return None
@@ -280,6 +288,34 @@ def test_generated_responses_are_the_engines_own_at_that_sampling(tmp_path: Path
     expected = {rollout.prompt.tokens + rollout.tokens for rollout in rollouts}
     seen = set(itertools.chain.from_iterable(map(segments, module.rows)))
     assert seen == {sequence[1:-1] for sequence in expected if len(sequence) > 2}
+
+
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_held_out_rows_know_their_sequences_and_tasks(tmp_path: Path, has_cache: bool) -> None:
+    """Of several samples a prompt, in shards of both tasks; a cache keeps no names."""
+    tasks = {"chain_sum": 3, "basic_arithmetic": 2}
+    data = generated_data(
+        prompts=MixedPrompts(
+            [ReasoningGymPrompts(task=t, num_train=2, num_held_out=n) for t, n in tasks.items()]
+        ),
+        sampling=SamplingParams(max_tokens=5),
+        cache_folder=str(tmp_path / "cache") if has_cache else None,
+        tokens_per_step=150,
+    )
+    if has_cache:
+        collect(tmp_path, data)
+    module = collect(tmp_path, data)
+    assert data.held_out_tasks == ("basic_arithmetic", "chain_sum")
+    task_of = {prompt.tokens: prompt.metadata["task"] for prompt in data._prompts["held_out"]}
+    counts = Counter[str]()
+    for row in module.held_out_rows:
+        assert [tuple(one.tokens_T[1:-1].tolist()) for one in row.sequences] == segments(row.packed)
+        for sequence, task in zip(row.sequences, row.tasks, strict=True):
+            prompt = tuple(sequence.tokens_T[: sequence.num_prompt_tokens].tolist())
+            assert task == task_of[prompt]
+            counts[task] += 1
+    assert counts == {task: 2 * number for task, number in tasks.items()}
+    assert len(module.held_out_rows) > 2
 
 
 # ---- the cache

@@ -6,6 +6,7 @@ The target is the quickstart's policy, or co-training's test policy.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import shutil
 from collections import Counter
@@ -21,7 +22,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from fastrl.callbacks.drafter_training import DrafterTraining
 from fastrl.callbacks.feature_buffer import BufferSettings, FeatureBuffer
-from fastrl.datamodules import FeatureDataModule, ReasoningGymPrompts
+from fastrl.datamodules import FeatureDataModule, JsonlPrompts, ReasoningGymPrompts
 from fastrl.modules import DrafterModule, OptimizerSettings
 from fastrl.modules.loading import load_causal_lm
 from fastrl.rollout.drafters.eagle import EagleDrafter
@@ -37,7 +38,14 @@ from tests.callbacks import test_drafter_training
 from tests.callbacks.test_drafter_training import CONFIG, FakePolicyModule
 from tests.callbacks.test_drafter_training import fit as fit_with_policy
 from tests.recording_logger import RecordingLogger
-from tests.warmup_runs import MODELS, POLICY, make_data, make_module, make_trainer
+from tests.warmup_runs import (
+    MODELS,
+    POLICY,
+    make_data,
+    make_module,
+    make_trainer,
+    write_responses,
+)
 
 TOKENS_PER_STEP = 25
 SETTINGS = LossSettings(num_depths=3, hidden_weight=2.5)
@@ -279,6 +287,38 @@ def test_held_out_figures_do_not_depend_on_rows_and_shards(tmp_path: Path) -> No
     assert other == pytest.approx(first, rel=1e-5)
 
 
+def test_held_out_accept_lengths_are_by_task(tmp_path: Path) -> None:
+    """Equal to those of a run over each task's prompts alone."""
+    lines = [json.loads(line) for line in write_responses(tmp_path).read_text().splitlines()]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "1 =", "response": "1"}))
+    length = "warmup/held_out_accept_length"
+    found = {}
+    for name, numbers in {
+        "both": range(0, 20),
+        "even": range(0, 20, 2),
+        "odd": range(1, 20, 2),
+    }.items():
+        named = [lines[number] | {"task": ("even", "odd")[number % 2]} for number in numbers]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in named))
+        prompts = JsonlPrompts(str(tmp_path / "train.jsonl"), str(path), answer_key="response")
+        found[name] = held_out(tmp_path, prompts=prompts, prompts_per_shard=3)
+    for task in ("even", "odd"):
+        assert found[task][f"{length}_task_{task}"] == found[task][f"{length}_top1"]
+        both = found["both"][f"{length}_task_{task}"]
+        assert both == pytest.approx(found[task][f"{length}_top1"], rel=1e-6)
+    assert found["both"][f"{length}_task_even"] != found["both"][f"{length}_task_odd"]
+    assert {name for name in found["even"] if "_task_" in name} == {f"{length}_task_even"}
+    assert {name for name in held_out(tmp_path) if "_task_" in name} == {f"{length}_task_unnamed"}
+
+
+def test_validation_wants_data_that_name_tasks(tmp_path: Path) -> None:
+    rows = torch.utils.data.DataLoader([[]], batch_size=None)
+    trainer = make_trainer(tmp_path, has_checkpoints=False)
+    with pytest.raises(ValueError, match="expected a FeatureDataModule, for held-out figures"):
+        trainer.validate(make_module(tmp_path), dataloaders=rows)
+
+
 def test_a_short_warm_up_improves_held_out_figures_and_the_accept_length(tmp_path: Path) -> None:
     """On sums that the policy works out; the start is the quickstart's drafter."""
     config = {"min_terms": 2, "max_terms": 6, "min_digits": 1, "max_digits": 1}
@@ -383,7 +423,9 @@ def test_a_new_drafter_drafts_the_tokens_that_come_most_often_in_its_data(
     assert written.token_map_F.tolist() == expected
     if isinstance(whole.drafter, Eagle3Drafter):
         assert len(whole.drafter.lm_head.weight) == 24
-    monkeypatch.delattr(FeatureDataModule, "response_token_counts")
+    monkeypatch.setattr(
+        FeatureDataModule, "response_token_counts", lambda self: pytest.fail("it counts again")
+    )
     resumed = fit(tmp_path, ckpt_path=tmp_path / "kept.ckpt", module_options=options)
     assert resumed.drafter.token_map_F.tolist() == expected
     for name, weight in weights(whole.drafter).items():

@@ -7,6 +7,7 @@ import torch
 from acceptance_figures import (
     KS,
     Part,
+    PlaceCounts,
     RankCounts,
     bucket,
     depth_figures,
@@ -35,16 +36,38 @@ def rollout(*accept_lengths: int) -> Rollout:
     )
 
 
-def step(offered: tuple, accepted: tuple) -> StepStats:
+def step(*rows: tuple[int, tuple[int, ...], tuple[int, ...]]) -> StepStats:
+    """Of rows by place, accepted ranks, and children of the nodes that they got to."""
+    places, ranks, num_children = zip(*rows, strict=True)
     return StepStats(
         strategy=DraftStrategy.parse("2_2_5"),
-        batch_size=4,
+        batch_size=len(rows),
         context_tokens=10,
-        accept_lengths=(1, 1, 2, 3),
+        accept_lengths=tuple(1 + len(accepted) for accepted in ranks),
         seconds=1.0,
-        offered_by_rank=offered,
-        accepted_by_rank=accepted,
+        places=places,
+        ranks_by_row=ranks,
+        num_children_by_row=num_children,
     )
+
+
+STEPS = {
+    "sums": [
+        step((1, (0, 1), (2, 2)), (1, (), (2,)), (6, (1,), (2, 1))),
+        step((2, (), (1,)), (7, (), (2,))),
+    ],
+    "words": [step((1, (0,), (2, 0)))],
+}
+"""By task; the last row accepted a node without children."""
+
+
+def counted(steps: dict[str, list[StepStats]]) -> RankCounts:
+    counts = RankCounts()
+    for task, of_task in steps.items():
+        counts.task = task
+        for one in of_task:
+            counts.add(one)
+    return counts
 
 
 def test_buckets_are_powers_of_two():
@@ -96,22 +119,62 @@ def test_parts_add_up_to_the_whole():
     assert whole.num_tokens == sum(len(one.tokens) - 1 for one in responses)
 
 
-def test_ranks_add_up_over_steps():
-    counts = RankCounts()
-    counts.add(step(((4, 4), (2, 1)), ((1, 1), (1, 0))))
-    counts.add(step(((4, 3), (0, 0)), ((0, 0), (0, 0))))
-    found = {(f.depth, f.rank): (f.num_offered, f.num_accepted) for f in counts.figures("2_2_5")}
-    assert found == {(1, 1): (8, 1), (1, 2): (7, 1), (2, 1): (2, 1), (2, 2): (1, 0)}
-    assert [figure.rate for figure in counts.figures("2_2_5")] == [1 / 8, 1 / 7, 1 / 2, 0]
-
-
-def test_depths_add_up_over_calls():
-    calls = [
-        EngineStats(offered_by_depth=(10, 6, 0), accepted_by_depth=(6, 0, 0)),
-        EngineStats(offered_by_depth=(5, 2, 1), accepted_by_depth=(2, 1, 1)),
+def test_ranks_of_a_case_by_hand():
+    figures = counted(STEPS).figures("2_2_5")
+    found = {(f.part, f.depth, f.rank): (f.num_offered, f.num_accepted) for f in figures}
+    sums, words = Part(task="sums"), Part(task="words")
+    first, second, later = Part(places=(1, 1)), Part(places=(2, 3)), Part(places=(4, 7))
+    assert found == {
+        **{(Part(), 1, 1): (6, 2), (Part(), 1, 2): (5, 1)},
+        **{(Part(), 2, 1): (2, 0), (Part(), 2, 2): (1, 1)},
+        **{(sums, 1, 1): (5, 1), (sums, 1, 2): (4, 1)},
+        **{(sums, 2, 1): (2, 0), (sums, 2, 2): (1, 1)},
+        **{(words, 1, 1): (1, 1), (words, 1, 2): (1, 0)},
+        **{(first, 1, 1): (3, 2), (first, 1, 2): (3, 0)},
+        **{(first, 2, 1): (1, 0), (first, 2, 2): (1, 1)},
+        (second, 1, 1): (1, 0),
+        **{(later, 1, 1): (2, 0), (later, 1, 2): (2, 1), (later, 2, 1): (1, 0)},
+    }
+    assert list(dict.fromkeys(f.part for f in figures)) == [
+        *(Part(), sums, words, first, second, later)
     ]
-    found = [(f.depth, f.num_offered, f.num_accepted) for f in depth_figures("3_1_4", calls)]
-    assert found == [(1, 15, 8), (2, 8, 1), (3, 1, 1)]
+    assert figures[0].rate == 1 / 3
+
+
+def test_depths_by_place_of_a_case_by_hand():
+    """A depth is offered to a row that got there, whether or not its node had a child."""
+    figures = counted(STEPS).by_place.figures("2_2_5")
+    found = {(f.part.places, f.depth): (f.num_offered, f.num_accepted) for f in figures}
+    assert found == {
+        **{((1, 1), 1): (3, 2), ((1, 1), 2): (2, 1)},
+        ((2, 3), 1): (1, 0),
+        **{((4, 7), 1): (2, 1), ((4, 7), 2): (1, 0)},
+    }
+
+
+def test_depths_by_place_of_an_engine_that_tells_no_rows_leave_ends_out():
+    """Steps emit tokens 1-3, 4 and 5-6, with which the response ends, a draft or not."""
+    figures = PlaceCounts.of_rollouts([rollout(3, 1, 2)], depth=2).figures("2_2_5")
+    found = {(f.part.places, f.depth): (f.num_offered, f.num_accepted) for f in figures}
+    assert found == {
+        **{((1, 1), 1): (1, 1), ((1, 1), 2): (1, 1)},
+        ((4, 7), 1): (2, 1),
+    }
+
+
+def test_depths_add_up_over_the_calls_of_tasks():
+    calls = {
+        "sums": EngineStats(offered_by_depth=(10, 6, 0), accepted_by_depth=(6, 0, 0)),
+        "words": EngineStats(offered_by_depth=(5, 2, 1), accepted_by_depth=(2, 1, 1)),
+    }
+    found = [
+        (f.part.task, f.depth, f.num_offered, f.num_accepted) for f in depth_figures("3_1_4", calls)
+    ]
+    assert found == [
+        *((None, 1, 15, 8), (None, 2, 8, 1), (None, 3, 1, 1)),
+        *(("sums", 1, 10, 6), ("sums", 2, 6, 0)),
+        *(("words", 1, 5, 2), ("words", 2, 2, 1), ("words", 3, 1, 1)),
+    ]
 
 
 def test_topk_accuracy_of_a_case_by_hand():
@@ -131,23 +194,27 @@ def test_topk_accuracy_of_a_case_by_hand():
 
 
 def test_tables_and_files_say_what_was_counted(tmp_path, capsys):
-    counts = RankCounts()
-    counts.add(step(((4, 4), (2, 1)), ((1, 1), (1, 0))))
+    counts = counted(STEPS)
+    calls = {
+        "sums": EngineStats(offered_by_depth=(5, 2), accepted_by_depth=(2, 1)),
+        "words": EngineStats(offered_by_depth=(1, 1), accepted_by_depth=(1, 0)),
+    }
     report = Report(
         subject={"model": "m"},
         lengths=length_figures("2_2_5", {"sums": [rollout(3, 1, 2)]}),
-        depths=depth_figures("2_2_5", [EngineStats(offered_by_depth=(8,), accepted_by_depth=(3,))]),
+        depths=[*depth_figures("2_2_5", calls), *counts.by_place.figures("2_2_5")],
         ranks=counts.figures("2_2_5"),
         topk=topk_figures({"sums": [[torch.tensor([0, 5, 1])]]}),
     )
     print_report(report)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     for line in (
-        *(["all", "2.00"], ["4-7", "1.50"], ["depth", "1", "0.375", "(8)"]),
-        *(
-            ["depth", "2", "0.500", "0.000"],
-            ["all,", "depth", "1", "0.333", "0.667", "0.667", "1.000"],
-        ),
+        *(["all", "2.00"], ["4-7", "1.50"], ["depth", "1", "0.500", "(6)"]),
+        ["2_2_5:", "the", "same", "by", "task", "and", "by", "place", "in", "the", "response"],
+        *(["sums", "0.400", "(5)", "0.500", "(2)"], ["words", "1.000", "(1)", "0.000", "(1)"]),
+        *(["1", "0.667", "(3)", "0.500", "(2)"], ["2-3", "0.000", "(1)", "-"]),
+        ["depth", "2", "0.000", "1.000"],
+        ["all,", "depth", "1", "0.333", "0.667", "0.667", "1.000"],
     ):
         assert line in printed
     write_json(report, tmp_path / "report.json")
@@ -156,7 +223,14 @@ def test_tables_and_files_say_what_was_counted(tmp_path, capsys):
         **{"strategy": "2_2_5", "task": None, "places": None},
         **{"num_steps": 3, "num_tokens": 6, "accept_length": 2.0},
     }
-    assert [entry["rate"] for entry in written["ranks"]] == [0.25, 0.25, 0.5, 0.0]
+    of_later = [entry for entry in written["ranks"] if entry["places"] == [4, 7]]
+    assert [(entry["depth"], entry["rank"], entry["rate"]) for entry in of_later] == [
+        *((1, 1, 0.0), (1, 2, 0.5), (2, 1, 0.0)),
+    ]
+    assert {entry["task"]: entry["rate"] for entry in written["depths"] if entry["depth"] == 1} == {
+        **{"sums": 0.4, "words": 1.0},
+        None: 0.5,  # that of the last place, which has no task either
+    }
     assert written["topk"][0]["accuracy"] == pytest.approx(1 / 3)
     draw(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

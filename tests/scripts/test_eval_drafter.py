@@ -12,12 +12,13 @@ import pytest
 import torch
 from acceptance_figures import KS, Part
 from drafter_runs import features_of
-from eval_drafter import Evaluation, evaluate, load_pair, parse
+from eval_drafter import Evaluation, evaluate, load_pair, parse, timed_arms
 from sd_engines import SGLangOptions, TorchArm
 from transformers import AutoConfig
 
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.eagle3 import Eagle3Drafter
+from fastrl.rollout.model_bandit import ModelBased
 from fastrl.types import Prompt, SamplingParams
 from tests.rollout.tiny_models import make_prompts, make_target
 from tests.sglang_cpu import environment
@@ -116,7 +117,7 @@ def test_accept_lengths_are_those_of_the_rollouts(evaluated):
                 key = figure.part.places[0] if figure.part.places else figure.part.task
                 found[key] = (figure.num_tokens, figure.num_steps)
         assert found == {key: (tokens[key], steps[key]) for key in steps}
-        stats = generated[strategy].stats
+        stats = generated[strategy].stats.values()
         assert tokens[None] == sum(one.accepted_tokens for one in stats)
         assert steps[None] == sum(one.row_steps for one in stats)
         assert tokens[None] > steps[None] + 10  # else nothing was put to the test
@@ -142,7 +143,7 @@ def test_acceptance_by_depth_and_rank_is_that_of_the_rollouts(evaluated):
                 for reached in range(depth + 1):  # the last step may have been cut
                     accepted_least[reached] += reached < last
                     accepted_most[reached] += 1
-        by_depth = [f for f in report.depths if f.strategy == strategy]
+        by_depth = [f for f in report.depths if (f.strategy, f.part) == (strategy, Part())]
         assert [figure.depth for figure in by_depth] == list(range(1, depth + 1))
         for figure in by_depth:
             for count, reached in (
@@ -150,12 +151,39 @@ def test_acceptance_by_depth_and_rank_is_that_of_the_rollouts(evaluated):
                 (figure.num_accepted, figure.depth),
             ):
                 assert accepted_least[reached] <= count <= accepted_most[reached]
-            by_rank = [f for f in report.ranks if (f.strategy, f.depth) == (strategy, figure.depth)]
+            by_rank = [
+                f
+                for f in report.ranks
+                if (f.strategy, f.part, f.depth) == (strategy, Part(), figure.depth)
+            ]
             assert sum(f.num_accepted for f in by_rank) == figure.num_accepted
             offered = [f.num_offered for f in by_rank]  # none if the pruned tree ended before
             assert max(offered, default=0) <= figure.num_offered
-        assert by_depth[0].num_offered == sum(one.row_steps for one in generated[strategy].stats)
+        assert by_depth[0].num_offered == sum(
+            one.row_steps for one in generated[strategy].stats.values()
+        )
     assert {f.rank for f in report.ranks if f.strategy == "3_2_6"} == {1, 2}
+
+
+@pytest.mark.parametrize("kind", ["task", "places"])
+def test_acceptance_of_tasks_and_of_places_adds_up_to_the_whole(evaluated, kind):
+    """By depth and by rank; and steps are as many as those of the accept lengths."""
+    _, report, written, _ = evaluated
+    for figures in (report.depths, report.ranks):
+        whole, parts = {}, defaultdict(lambda: [0, 0])
+        for figure in figures:
+            key = figure.strategy, figure.depth, figure.rank
+            if figure.part == Part():
+                whole[key] = [figure.num_offered, figure.num_accepted]
+            elif getattr(figure.part, kind) is not None:
+                parts[key][0] += figure.num_offered
+                parts[key][1] += figure.num_accepted
+        assert parts == whole
+    steps = {(f.strategy, f.part): f.num_steps for f in report.lengths}
+    assert {(f.strategy, f.part): f.num_offered for f in report.depths if f.depth == 1} == steps
+    for name in ("depths", "ranks"):
+        assert {entry["task"] for entry in written[name]} == {None, "short", "long"}
+        assert [1, 1] in [entry["places"] for entry in written[name]]
 
 
 def test_topk_accuracy_is_that_of_a_loop_over_places(evaluated):
@@ -198,20 +226,44 @@ def test_topk_accuracy_is_that_of_a_loop_over_places(evaluated):
     assert whole[1, 1] < whole[1, 8]
 
 
-def test_every_strategy_is_timed_against_off(evaluated):
+def test_every_arm_is_timed_against_off(evaluated):
     evaluation, report, written, _ = evaluated
     assert [(f.batch_size, f.arm) for f in report.speed] == [
-        (size, arm) for size in evaluation.batch_sizes for arm in ("off", *STRATEGIES)
+        (size, arm) for size in evaluation.batch_sizes for arm in ("off", *STRATEGIES, "adaptive")
     ]
     for figure in report.speed:
         low, high = figure.spread
         assert 0 < low <= figure.ratio_to_off <= high
-        assert (figure.accept_length > 1) == (figure.arm != "off")
+        if figure.arm != "adaptive":  # which may find that plain decoding is the fastest
+            assert (figure.accept_length > 1) == (figure.arm != "off")
     assert all(f.ratio_to_off == 1 for f in report.speed if f.arm == "off")
     assert [entry["tokens_per_s"] for entry in written["speed"]] == [
         figure.tokens_per_s for figure in report.speed
     ]
     assert evaluation.plot.stat().st_size > 10_000
+
+
+def test_the_bandit_chooses_among_n_grams_if_asked(pair_folder, monkeypatch):
+    """The very one that a run has, for all batch sizes."""
+    monkeypatch.setattr(eval_drafter, "load_prompts", prompts_of)
+    selectors = []
+    real = TorchArm.run
+
+    def keeping(self, *args):
+        selectors.append(self.engine.strategy_selector)
+        return real(self, *args)
+
+    monkeypatch.setattr(TorchArm, "run", keeping)
+    report = evaluate(tiny(pair_folder, ngram_strategies=["ngram_2_1_3"]))
+    arms = ["off", *STRATEGIES, "ngram_2_1_3", "adaptive"]
+    assert [f.arm for f in report.speed] == [*arms, *arms]
+    (bandit,) = {id(one): one for one in selectors if isinstance(one, ModelBased)}.values()
+    assert set(map(str, bandit.strategies)) == {"off", *STRATEGIES, "ngram_2_1_3"}
+    assert {figure.strategy for figure in report.lengths} == set(STRATEGIES)
+
+
+def test_the_bandit_is_left_out_if_asked(pair_folder):
+    assert timed_arms(tiny(pair_folder, adaptive=False)) == ["off", *STRATEGIES]
 
 
 def test_hidden_states_are_those_that_engines_draft_from(pair_folder):
@@ -236,9 +288,10 @@ def test_an_eagle_3_drafter_is_evaluated(pair_folder, tmp_path, monkeypatch, cap
     target = AutoConfig.from_pretrained(pair_folder / "target")
     tokens = range(0, target.vocab_size, 2)
     Eagle3Drafter.for_target(target, seed=0, token_ids=tokens).save_pretrained(tmp_path / "eagle3")
-    evaluation = dataclasses.replace(tiny(pair_folder), drafter=str(tmp_path / "eagle3"))
-    evaluate(evaluation)
-    assert "2_1_3" in capsys.readouterr().out
+    evaluation = tiny(pair_folder, drafter=str(tmp_path / "eagle3"), batch_sizes=[1])
+    report = evaluate(evaluation)
+    assert [figure.arm for figure in report.speed] == ["off", *STRATEGIES, "adaptive"]
+    assert "2_1_3: the same by task" in capsys.readouterr().out
     pair = load_pair(evaluation)
     (session,) = drafter_runs.SESSIONS["torch"](pair.subject, ["2_1_3"], [4])
     with session.open() as arms:
@@ -347,7 +400,9 @@ def test_the_command_line_is_read():
     [
         ({"strategies": []}, "at least one draft tree"),
         ({"strategies": ["off"]}, "plain decoding is always measured"),
-        ({"strategies": ["ngram_2_1_3"]}, "n-grams by bench_rollout.py"),
+        ({"strategies": ["ngram_2_1_3"]}, "name n-gram trees in ngram_strategies"),
+        ({"ngram_strategies": ["2_1_3"]}, "written as 'ngram_8_1_9', got '2_1_3'"),
+        ({"ngram_strategies": ["ngram_2_1_3"], "engine": "sglang"}, "drafts no n-gram trees"),
         ({"tasks": []}, "at least one, each once"),
         ({"tasks": ["a", "a"]}, "at least one, each once"),
         ({"task_configs": {"other": {}}}, r"of \['other'\], which are not"),
@@ -387,8 +442,15 @@ def test_sglang_counts_what_the_embedded_engine_does(pair_folder, monkeypatch):
     ours = evaluate(tiny(pair_folder, **settings))
     theirs = evaluate(tiny(pair_folder, engine="sglang", sglang=on_cpu, **settings))
     assert theirs.lengths == ours.lengths
-    assert theirs.depths == ours.depths
+    assert [f for f in theirs.depths if not f.part.places] == [
+        figure for figure in ours.depths if not figure.part.places
+    ]
+    by_place = {(f.strategy, f.part, f.depth): (f.num_offered, f.num_accepted) for f in ours.depths}
+    for figure in theirs.depths:  # of places without the ends of responses
+        offered, accepted = by_place[figure.strategy, figure.part, figure.depth]
+        assert offered - 10 <= figure.num_offered <= offered
+        assert accepted - 10 <= figure.num_accepted <= accepted
     assert theirs.topk == ours.topk
     assert theirs.ranks == []
     assert ours.ranks
-    assert [figure.arm for figure in theirs.speed] == ["off", *STRATEGIES]
+    assert [figure.arm for figure in theirs.speed] == ["off", *STRATEGIES, "adaptive"]

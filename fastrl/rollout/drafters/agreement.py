@@ -1,17 +1,18 @@
 """How good a drafter is at each depth of a draft, with its own hidden states fed back to it.
 
-Leaves out the forward itself (chain.py), and trees; nothing takes a gradient. Shape legend:
-fastrl/types.py.
+What is compared is distributions; what tokens responses have is token_ranks.py's. Leaves out the
+forward itself (chain.py), and trees; nothing takes a gradient. Shape legend: fastrl/types.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastrl.rollout.drafters.chain import chain_depths
+from fastrl.rollout.drafters.chain import ChainDepth, chain_depths
 from fastrl.rollout.drafters.distribution_loss import distribution_loss
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.packing import PackedFeatures
@@ -38,6 +39,14 @@ def agreement_by_depth(
 ) -> list[DepthAgreement]:
     """Agreement at depths 1, 2, …, as far as a chain of the row reaches, at most `max_depth`."""
     depths = list(chain_depths(drafter, embedding_VD, packed, max_depth=max_depth))
+    return agreement_of_depths(drafter, lm_head_VD, depths)
+
+
+@torch.no_grad()
+def agreement_of_depths(
+    drafter: EagleDrafter, lm_head_VD: Tensor, depths: Sequence[ChainDepth]
+) -> list[DepthAgreement]:
+    """Agreement at depths 1, 2, …, those given."""
     if not depths:
         return []
     sums_N3 = distribution_loss(drafter, depths, lm_head_VD, weights=[1.0] * len(depths)).sums_N3

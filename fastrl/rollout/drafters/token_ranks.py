@@ -10,12 +10,13 @@ Leaves out trees, and counting. Shape legend: fastrl/types.py; M counts chains.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastrl.rollout.drafters.chain import chain_depths
+from fastrl.rollout.drafters.chain import ChainDepth, chain_depths
 from fastrl.rollout.drafters.distribution_loss import default_chunk_logits
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.packing import num_loss_pairs, num_pairs, pack_sequences
@@ -54,18 +55,41 @@ def token_ranks(
     parameter = next(drafter.parameters())
     packed = pack_sequences([asked], num_pairs(asked)).to(parameter.device, parameter.dtype)
     tokens_T = features.tokens_T.to(parameter.device)
-    max_chunk_logits = max_chunk_logits or default_chunk_logits(parameter.device)
+    return ranks_by_depth(
+        drafter,
+        lm_head_VD,
+        chain_depths(drafter, embedding_VD, packed, max_depth=max_depth),
+        tokens_T[features.num_prompt_tokens + 1 :],
+        max_chunk_logits=max_chunk_logits,
+    )
+
+
+@torch.no_grad()
+def ranks_by_depth(
+    drafter: EagleDrafter,
+    lm_head_VD: Tensor,
+    depths: Iterable[ChainDepth],
+    tokens_M: Tensor,
+    *,
+    max_chunk_logits: int | None = None,
+) -> list[Tensor]:
+    """Ranks by depth, int64 [M] each, of the tokens that a row's chains draft.
+
+    Args:
+        drafter: whose chains they are.
+        lm_head_VD: the target's.
+        depths: of a row, from the first on.
+        tokens_M: what depth 1's chains draft, int64.
+        max_chunk_logits: as in `token_ranks`.
+    """
+    max_chunk_logits = max_chunk_logits or default_chunk_logits(lm_head_VD.device)
+    head_FD = drafter.draft_head(lm_head_VD)
+    chunk = max(max_chunk_logits // len(head_FD), 1)
     ranks = []
-    for depth, chains in enumerate(
-        chain_depths(drafter, embedding_VD, packed, max_depth=max_depth), start=1
-    ):
-        tokens_M = tokens_T[features.num_prompt_tokens + depth :]
-        assert len(tokens_M) == len(chains), f"{len(chains)} chains draft {len(tokens_M)} tokens"
-        head_FD = drafter.draft_head(lm_head_VD)
-        chunk = max(max_chunk_logits // len(head_FD), 1)
+    for chains in depths:
         parts = zip(
             torch.split(drafter.head_input(chains.predicted_MD), chunk),
-            torch.split(tokens_M, chunk),
+            torch.split(tokens_M[chains.target_index_M], chunk),
             strict=True,
         )
         ranks.append(

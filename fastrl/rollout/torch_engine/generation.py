@@ -187,12 +187,14 @@ class Generation:
         referenced_rows = self._ngram_drafting.num_referenced(rows)
         strategy = self._selector.select(len(rows), context_tokens, referenced_rows)
         self._check_strategy(strategy)
+        places = tuple(len(request.tokens) for request in rows.requests)
         started = perf_counter()
         tree = self._draft(strategy)
         emitted = self._verify(tree)
         reasons, num_taken = self._take(emitted, strategy)
         self.statistics.add_step(strategy, num_taken, emitted.num_accepted)
-        offered, accepted = _acceptance_by_rank(emitted, strategy)
+        ranks, num_children = _paths(emitted, strategy)
+        offered, accepted = _acceptance_by_rank(ranks, num_children, strategy)
         self._selector.record(
             StepStats(
                 strategy=strategy,
@@ -202,6 +204,9 @@ class Generation:
                 seconds=perf_counter() - started,
                 offered_by_rank=offered,
                 accepted_by_rank=accepted,
+                places=places,
+                ranks_by_row=ranks,
+                num_children_by_row=num_children,
                 referenced_rows=referenced_rows,
             )
         )
@@ -339,20 +344,32 @@ def _to_host(accepted: Acceptance, logprobs_BP: Tensor) -> _Emitted:
     )
 
 
+_Counts = tuple[tuple[int, ...], ...]
+
+
+def _paths(emitted: _Emitted, strategy: DraftStrategy) -> tuple[_Counts, _Counts]:
+    """`StepStats.ranks_by_row` and `num_children_by_row` of a step."""
+    ranks, num_children = [], []
+    for num_accepted, of_path, children in zip(
+        emitted.num_accepted, emitted.ranks, emitted.num_children, strict=True
+    ):
+        ranks.append(tuple(of_path[1 : num_accepted + 1]))
+        num_children.append(tuple(children[: min(num_accepted + 1, strategy.depth)]))
+    return tuple(ranks), tuple(num_children)
+
+
 def _acceptance_by_rank(
-    emitted: _Emitted, strategy: DraftStrategy
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
-    """`StepStats.offered_by_rank` and `accepted_by_rank` of a step."""
+    ranks: _Counts, num_children: _Counts, strategy: DraftStrategy
+) -> tuple[_Counts, _Counts]:
+    """`StepStats.offered_by_rank` and `accepted_by_rank` of a step, from its rows."""
     if strategy.is_off:
         return (), ()
     offered = [[0] * strategy.topk for _ in range(strategy.depth)]
     accepted = [[0] * strategy.topk for _ in range(strategy.depth)]
-    for num_accepted, ranks, num_children in zip(
-        emitted.num_accepted, emitted.ranks, emitted.num_children, strict=True
-    ):
-        for depth in range(min(num_accepted + 1, strategy.depth)):
-            for rank in range(num_children[depth]):
+    for of_path, children in zip(ranks, num_children, strict=True):
+        for depth, num in enumerate(children):
+            for rank in range(num):
                 offered[depth][rank] += 1
-            if depth < num_accepted:
-                accepted[depth][ranks[depth + 1]] += 1
+        for depth, rank in enumerate(of_path):
+            accepted[depth][rank] += 1
     return tuple(map(tuple, offered)), tuple(map(tuple, accepted))
