@@ -54,12 +54,13 @@ from fastrl.rollout.end_of_sequence import eos_token_ids
 class _WarmUpData(Protocol):
     """What is asked of a FeatureDataModule, besides batches."""
 
+    tokenizer: PreTrainedTokenizerBase
+    """The target's."""
+
     @property
     def held_out_tasks(self) -> tuple[str, ...]:
         """Of all ranks' held-out rows."""
         ...
-
-    tokenizer: PreTrainedTokenizerBase
 
     def response_token_counts(self) -> dict[int, int]:
         """Of all ranks' responses: what a draft vocabulary is chosen by."""
@@ -166,7 +167,8 @@ class DrafterModule(LightningModule):
         if not self._is_vocabulary_due:
             return
         assert self.draft_vocab_size is not None
-        counts = self._data("draft_vocab_size counts its responses").response_token_counts()
+        data = self._data("draft_vocab_size counts its responses")
+        counts = data.response_token_counts()
         chosen = most_counted(
             counts,
             vocab_size=self.drafter.config.vocab_size,
