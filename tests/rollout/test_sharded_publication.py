@@ -139,7 +139,9 @@ def serve(folder: str, how: str, dtype: str) -> dict[str, object]:
             result["peak"] = memory.peak
         rollouts = engine.generate(make_prompts(3), SAMPLING, num_samples=2, seed=3)
         result["tokens"].append([rollout.tokens for rollout in rollouts])
-        served = dict(engine._loaded.target._model.named_parameters())
+        target = engine._loaded.target
+        laid_out = {name: layer.weight_OI for name, layer in target._served.items()}
+        served = dict(target._model.named_parameters()) | laid_out
         result["weights"].append({name: one.detach().clone() for name, one in served.items()})
         result["same"] = engine.compare_policy(policy.named_parameters())
         change(policy)
