@@ -43,7 +43,8 @@ BUCKET_BYTES = 20_000  # of 115 kB in float32 that the policy has
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that operations have made and that are still alive: now, and at most.
 
-    A storage is counted once, whatever views it has.
+    A storage is counted once, whatever views it has; a tensor in a kernel's own layout has none and
+    counts for itself.
     """
 
     def __init__(self) -> None:
@@ -52,15 +53,15 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {_storage(one)._cdata for one in tree_leaves((args, kwargs)) if _is_plain(one)}
+        given = {_key(one) for one in tree_leaves((args, kwargs)) if _is_plain(one)}
         result = func(*args, **(kwargs or {}))
         for one in tree_leaves(result):
-            if _is_plain(one) and (key := _storage(one)._cdata) not in given | self._known:
+            if _is_plain(one) and (key := _key(one)) not in given | self._known:
                 self._known.add(key)
-                size = _storage(one).nbytes()
+                size = one.nbytes if one.is_mkldnn else _storage(one).nbytes()
                 self.now += size
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(_storage(one), self._forget, key, size)
+                weakref.finalize(one if one.is_mkldnn else _storage(one), self._forget, key, size)
         return result
 
     def _forget(self, key: int, size: int) -> None:
@@ -72,6 +73,10 @@ def _is_plain(value: object) -> bool:
     """Whether it holds memory: wrappers (DTensors, results of collectives) and metas have none."""
     is_tensor = isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value)
     return is_tensor and not value.is_meta
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return id(tensor) if tensor.is_mkldnn else _storage(tensor)._cdata
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
@@ -132,11 +137,12 @@ def serve(folder: str, how: str, dtype: str) -> dict[str, object]:
     engine = TorchEngine(dtype=dtype, device="cpu")
     engine.start(folder)
     result: dict[str, object] = {"sharded": sharded_names(policy), "tokens": [], "weights": []}
+    memory = LiveBytes()  # over both: what the second replaces is given back
     for version in range(2):
-        with torch.inference_mode(version == 0), LiveBytes() as memory:
+        held = memory.peak = memory.now
+        with torch.inference_mode(version == 0), memory:
             engine.load_policy(policy.named_parameters(), version)
-        if version == 1:
-            result["peak"] = memory.peak
+        result["peak"] = memory.peak - held
         rollouts = engine.generate(make_prompts(3), SAMPLING, num_samples=2, seed=3)
         result["tokens"].append([rollout.tokens for rollout in rollouts])
         target = engine._loaded.target
@@ -175,9 +181,11 @@ def test_a_sharded_policy_is_served_as_a_whole_one(
             assert served.keys() == wanted.keys()
             for name, tensor in wanted.items():
                 assert torch.equal(served[name], tensor), name
-        # One tensor and its shard cast; gloo may not have let go of those before. No whole copy.
-        assert rank["largest"] <= rank["peak"] <= 3 * rank["largest"]
-        assert rank["peak"] < rank["num_bytes"] / 4
+        # One tensor and its shard cast, and in bfloat16 its layout, before the last one's is let go;
+        # gloo may not have let go of those before. No whole copy.
+        num_whole = 4 if dtype == "bfloat16" else 3
+        assert rank["largest"] <= rank["peak"] <= num_whole * rank["largest"]
+        assert rank["peak"] < rank["num_bytes"] / 3
 
 
 # -- what is handed to SGLang ---------------------------------------------------------------------

@@ -359,7 +359,7 @@ def test_bfloat16_serves_each_publication_and_shows_what_it_serves(folders, targ
 
 
 def test_a_tied_head_that_is_not_the_published_embedding_is_found(folders, target_model):
-    """On a CPU in bfloat16 the head is a copy of its own, which no published weight is named for."""
+    """On a CPU in bfloat16 the head is a copy of its own, under no published name."""
     engine = TorchEngine(max_batch_size=2, dtype="bfloat16", device="cpu")
     engine.start(str(folders[0]))
     engine.load_policy(target_model.named_parameters(), version=0)
