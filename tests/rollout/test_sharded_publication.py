@@ -181,8 +181,8 @@ def test_a_sharded_policy_is_served_as_a_whole_one(
             assert served.keys() == wanted.keys()
             for name, tensor in wanted.items():
                 assert torch.equal(served[name], tensor), name
-        # One tensor and its shard cast, and in bfloat16 its layout, before the last one's is let go;
-        # gloo may not have let go of those before. No whole copy.
+        # One tensor and its shard cast, and in bfloat16 its layout beside the one before; gloo may
+        # not have let go of the last ones. No whole copy.
         num_whole = 4 if dtype == "bfloat16" else 3
         assert rank["largest"] <= rank["peak"] <= num_whole * rank["largest"]
         assert rank["peak"] < rank["num_bytes"] / 3

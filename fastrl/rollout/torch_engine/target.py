@@ -3,7 +3,7 @@
 A skeleton of the model is built without weights, and takes the policy's: the very same storage
 where device and dtype agree (so an optimizer step is seen at once), copies elsewhere. The next
 publication is written over copies, tensor by tensor: there is never a second set of them, and no
-more than one whole tensor besides.
+more than one whole tensor, or that and its layout, besides.
 
 In bfloat16 on a CPU linear layers are laid out for its kernel (served_linear.py), which is a copy.
 There nothing is shared: an optimizer step that embedding and norms alone had seen would make a
@@ -16,16 +16,15 @@ Shape legend: fastrl/types.py.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastrl.rollout.attention import CACHED_ATTENTION, KVView
+from fastrl.rollout.drafters.states import inputs_of_layers
 from fastrl.rollout.sharded_weights import is_shared, whole
 from fastrl.rollout.torch_engine.kv_cache import KVCache
 from fastrl.rollout.torch_engine.served_linear import ServedLinear, has_kernel
@@ -74,7 +73,6 @@ class TargetModel:
             self._base.rotary_emb = type(self._base.rotary_emb)(config=self.config)
         self._mask_stand_in = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
         self._read_layers: tuple[int, ...] = ()
-        self._layer_inputs: dict[int, Tensor] = {}
         self._copies: dict[str, Tensor] = {}  # of weights that could not be shared
         self._laid_out = self._layers_to_lay_out()  # by their weights' names
         self._served: dict[str, ServedLinear] = {}  # likewise, from `load` on
@@ -193,15 +191,6 @@ class TargetModel:
     def read_layers(self, layers: Sequence[int]) -> None:
         """Have states hold the inputs of these layers, for a drafter that reads them."""
         self._read_layers = tuple(layers)
-        for layer in set(layers):
-            self._base.get_submodule(f"layers.{layer}").register_forward_pre_hook(
-                functools.partial(self._keep_input, layer), with_kwargs=True
-            )
-
-    def _keep_input(
-        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self._layer_inputs[layer] = args[0] if args else kwargs["hidden_states"]
 
     @property
     def state_size(self) -> int:
@@ -216,19 +205,19 @@ class TargetModel:
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, view: KVView) -> Tensor:
         """States [B, T, S]: hidden states after the final norm, and side by side with them the
         inputs of the layers that are read; keys and values go into the view's cache."""
-        output = self._base(
-            input_ids=tokens_BT,
-            position_ids=positions_BT,
-            attention_mask=self._mask_stand_in,  # four-dimensional: passed on as it is, unused
-            use_cache=False,
-            kv_view=view,
-        )
+        with inputs_of_layers(self._base, self._read_layers) as inputs:
+            output = self._base(
+                input_ids=tokens_BT,
+                position_ids=positions_BT,
+                attention_mask=self._mask_stand_in,  # four-dimensional: passed on as it is, unused
+                use_cache=False,
+                kv_view=view,
+            )
         hidden_BTD: Tensor = output.last_hidden_state
         if not self._read_layers:
             return hidden_BTD
-        inputs = [self._layer_inputs[layer] for layer in self._read_layers]
-        self._layer_inputs.clear()
-        return torch.cat((hidden_BTD, *inputs), dim=-1)
+        read = (inputs[layer] for layer in self._read_layers)
+        return torch.cat((hidden_BTD, *read), dim=-1)
 
 
 def _check_supported(config: PretrainedConfig, model_path: str) -> None:
