@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.drafters.eagle import EagleDrafter
-from fastrl.rollout.drafters.states import joined_states
+from fastrl.rollout.drafters.states import inputs_of_layers
 from fastrl.rollout.drafters.token_ranks import token_ranks
 from fastrl.types import (
     DraftStrategy,
@@ -111,10 +111,12 @@ def features_of(
     """A response's tokens and the target's hidden states along them."""
     tokens_T = torch.tensor((*rollout.prompt.tokens, *rollout.tokens), device=model.device)
     base: Any = model.base_model
-    output = base(tokens_T[None, :-1], output_hidden_states=bool(drafter.feature_layers))
+    with inputs_of_layers(base, drafter.feature_layers) as inputs:
+        output = base(tokens_T[None, :-1])
+    parts = (output.last_hidden_state, *(inputs[layer] for layer in drafter.feature_layers))
     return SequenceFeatures(
         tokens_T=tokens_T,
-        hidden_TD=joined_states(output, drafter.feature_layers)[0],
+        hidden_TD=torch.cat(parts, dim=-1)[0],
         num_prompt_tokens=len(rollout.prompt.tokens),
         rl_step=0,
     )

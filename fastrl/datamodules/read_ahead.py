@@ -7,11 +7,14 @@ made.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 ResultT = TypeVar("ResultT")
+
+_log = logging.getLogger(__name__)
 
 
 class ReadAhead(Generic[ResultT]):
@@ -33,14 +36,22 @@ class ReadAhead(Generic[ResultT]):
     def take(self, position: int) -> ResultT | None:
         """The result at a position, waited for; None if another or none was begun, or made.
 
-        Raises what making it raised.
+        Raises what making it raised; of another position, that is logged alone.
         """
         started, self._started = self._started, None
         if started is None:
             return None
         begun, future = started
-        result = future.result()
-        return result if begun == position else None
+        if begun == position:
+            return future.result()
+        if (error := future.exception()) is not None:
+            _log.warning(
+                "making the result at position %d ahead failed; position %d was asked for instead",
+                begun,
+                position,
+                exc_info=error,
+            )
+        return None
 
     def settle(self) -> None:
         """Wait until nothing is being made; the result stays."""

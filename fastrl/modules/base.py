@@ -43,7 +43,7 @@ from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count
 from fastrl.modules.pass_at_k import mean_pass_at_k
 from fastrl.modules.sharding import as_forward, on_all_ranks
 from fastrl.modules.update_metrics import UpdateMetrics
-from fastrl.rollout.drafters.states import joined_states
+from fastrl.rollout.drafters.states import inputs_of_layers
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
 
 PASS_REWARD = 1 - 1e-6
@@ -452,10 +452,12 @@ def _forward(
     """
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
-        output = model.base_model(
-            input_ids=micro.tokens_BT, use_cache=False, output_hidden_states=bool(read_layers)
-        )
-        hidden_BTD = output.last_hidden_state
+        with inputs_of_layers(model.base_model, read_layers) as inputs:
+            output = model.base_model(input_ids=micro.tokens_BT, use_cache=False)
+        hidden_BTD = states_BTS = output.last_hidden_state
+        if read_layers:
+            parts = (hidden_BTD, *(inputs[layer] for layer in read_layers))
+            states_BTS = torch.cat([part.detach() for part in parts], dim=-1)
         logprobs_BT, entropy_BT = response_logprobs(
             hidden_BTD,
             micro.tokens_BT,
@@ -465,6 +467,6 @@ def _forward(
             vocab_size=model.config.vocab_size,
             has_entropy_gradient=has_entropy_gradient,
         )
-        return logprobs_BT, entropy_BT, joined_states(output, read_layers)
+        return logprobs_BT, entropy_BT, states_BTS
 
     return as_forward(model, forward)

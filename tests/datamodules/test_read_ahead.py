@@ -51,3 +51,16 @@ def test_what_making_raises_is_raised_to_the_one_who_takes() -> None:
     with pytest.raises(ZeroDivisionError):
         ahead.take(0)
     ahead.close()
+
+
+def test_what_making_another_position_raised_is_logged_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ahead = ReadAhead(lambda position: 1 // position)
+    ahead.start(0)
+    assert ahead.take(5) is None
+    assert "position 0 ahead failed; position 5" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    ahead.start(1)
+    assert ahead.take(1) == 1
+    ahead.close()

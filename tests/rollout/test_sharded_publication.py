@@ -46,7 +46,8 @@ GRACE_S = 0.1
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that operations have made and that are still alive: now, and at most.
 
-    A storage is counted once, whatever views it has.
+    A storage is counted once, whatever views it has; a tensor in a kernel's own layout has none and
+    counts for itself.
     """
 
     def __init__(self) -> None:
@@ -55,14 +56,14 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {_storage(one)._cdata for one in tree_leaves((args, kwargs)) if _is_plain(one)}
+        given = {_key(one) for one in tree_leaves((args, kwargs)) if _is_plain(one)}
         result = func(*args, **(kwargs or {}))
         for one in tree_leaves(result):
-            if _is_plain(one) and (key := _storage(one)._cdata) not in given | self._known:
+            if _is_plain(one) and (key := _key(one)) not in given | self._known:
                 self._known.add(key)
-                size = _storage(one).nbytes()
+                size = one.nbytes if one.is_mkldnn else _storage(one).nbytes()
                 self.now += size
-                weakref.finalize(_storage(one), self._forget, key, size)
+                weakref.finalize(one if one.is_mkldnn else _storage(one), self._forget, key, size)
                 self.peak = max(self.peak, self.settled(self.peak))
         return result
 
@@ -83,6 +84,10 @@ def _is_plain(value: object) -> bool:
     """Whether it holds memory: wrappers (DTensors, results of collectives) and metas have none."""
     is_tensor = isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value)
     return is_tensor and not value.is_meta
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return id(tensor) if tensor.is_mkldnn else _storage(tensor)._cdata
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
@@ -143,18 +148,21 @@ def serve(folder: str, how: str, dtype: str) -> dict[str, object]:
     engine = TorchEngine(dtype=dtype, device="cpu")
     engine.start(folder)
     result: dict[str, object] = {"sharded": sharded_names(policy), "tokens": [], "weights": []}
-    memory = LiveBytes()
+    memory = LiveBytes()  # over both: what the second replaces is given back
     for version in range(2):
-        with torch.inference_mode() if version == 0 else memory:
+        held = memory.peak = memory.settled()
+        with torch.inference_mode(version == 0), memory:
             engine.load_policy(policy.named_parameters(), version)
+        result["peak"] = memory.peak - held
         rollouts = engine.generate(make_prompts(3), SAMPLING, num_samples=2, seed=3)
         result["tokens"].append([rollout.tokens for rollout in rollouts])
-        served = dict(engine._loaded.target._model.named_parameters())
+        target = engine._loaded.target
+        laid_out = {name: layer.weight_OI for name, layer in target._served.items()}
+        served = dict(target._model.named_parameters()) | laid_out
         result["weights"].append({name: one.detach().clone() for name, one in served.items()})
         result["same"] = engine.compare_policy(policy.named_parameters())
         change(policy)
     result["changed"] = {one.name for one in engine.compare_policy(policy.named_parameters())}
-    result["peak"] = memory.peak
     result["num_bytes"] = sum(one.nbytes for one in served.values())
     result["largest"] = max(one.nbytes for one in served.values())
     return result
@@ -184,9 +192,11 @@ def test_a_sharded_policy_is_served_as_a_whole_one(
             assert served.keys() == wanted.keys()
             for name, tensor in wanted.items():
                 assert torch.equal(served[name], tensor), name
-        # One tensor and its shard cast; gloo may not have let go of those before. No whole copy.
-        assert rank["largest"] <= rank["peak"] <= 3 * rank["largest"]
-        assert rank["peak"] < rank["num_bytes"] / 4
+        # One tensor and its shard cast, and in bfloat16 its layout beside the one before; gloo may
+        # not have let go of the last ones. No whole copy.
+        num_whole = 4 if dtype == "bfloat16" else 3
+        assert rank["largest"] <= rank["peak"] <= num_whole * rank["largest"]
+        assert rank["peak"] < rank["num_bytes"] / 3
 
 
 # -- what is handed to SGLang ---------------------------------------------------------------------

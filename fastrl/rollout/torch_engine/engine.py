@@ -65,7 +65,8 @@ class TorchEngine:
             before it, drafted from earlier text) or 'off'; a StrategyAdaptation callback replaces
             it by a bandit.
         max_batch_size: Most rollouts decoded at once; others wait in a queue.
-        dtype: Numbers to compute in; the policy's own weights are shared if they have it.
+        dtype: Numbers to compute in; the policy's own weights are shared if they have it, but for
+            bfloat16 on a CPU.
         device: Where to compute: 'cpu', 'cuda', 'cuda:1', or 'auto' for a GPU if there is one.
     """
 
@@ -137,7 +138,8 @@ class TorchEngine:
         return self._drafter_version
 
     def load_policy(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the policy's weights; those of our dtype and device are shared, not copied."""
+        """Take the policy's weights; those of our dtype and device are shared, not copied, but for
+        bfloat16 on a CPU (target.py)."""
         loaded = self._started()
         loaded.target.load(named_tensors)
         if loaded.drafting is not None:

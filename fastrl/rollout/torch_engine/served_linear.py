@@ -1,9 +1,9 @@
 """A linear layer as it is served: its weights stand still until the next publication.
 
 A CPU's matrix kernel wants weights in a layout of its own, and with so few rows as a draft step has
-makes it anew in half the time of every call. Here it is made once, and the sums stay the same. On
-other devices, and where PyTorch comes without that kernel (oneDNN's), the weights are served as
-they are.
+makes it anew in half the time of every call. Here it is made once, and the sums stay the same up to
+rounding. On other devices, and where PyTorch comes without that kernel (oneDNN's), the weights are
+served as they are.
 
 Leaves out training. Shape legend: fastrl/types.py; O outputs, I inputs.
 """
@@ -28,8 +28,8 @@ class ServedLinear:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         weight_OI = weight_OI.detach()
-        self._bias_O = None if bias_O is None else bias_O.detach()
-        self._is_packed = _has_kernel(weight_OI)
+        self.bias_O = None if bias_O is None else bias_O.detach()
+        self._is_packed = has_kernel(weight_OI.device, weight_OI.dtype)
         if self._is_packed:
             pack = torch.ops.mkldnn._reorder_linear_weight
             self._weight: Tensor = pack(weight_OI.contiguous(), _USUAL_ROWS)
@@ -54,15 +54,16 @@ class ServedLinear:
         """Outputs [*, O] of inputs [*, I]."""
         if self._is_packed:
             outputs: Tensor = torch.ops.mkldnn._linear_pointwise(
-                inputs, self._weight, self._bias_O, "none", [], ""
+                inputs, self._weight, self.bias_O, "none", [], ""
             )
             return outputs
-        return linear(inputs, self._weight, self._bias_O)
+        return linear(inputs, self._weight, self.bias_O)
 
 
-def _has_kernel(weight_OI: Tensor) -> bool:
-    if weight_OI.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights are laid out anew, which is a copy."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    if weight_OI.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight_OI.dtype == torch.float32
+    return dtype == torch.float32

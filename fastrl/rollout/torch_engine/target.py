@@ -3,7 +3,12 @@
 A skeleton of the model is built without weights, and takes the policy's: the very same storage
 where device and dtype agree (so an optimizer step is seen at once), copies elsewhere. The next
 publication is written over copies, tensor by tensor: there is never a second set of them, and no
-more than one whole tensor of a sharded policy besides.
+more than one whole tensor, or that and its layout, besides.
+
+In bfloat16 on a CPU linear layers are laid out for its kernel (served_linear.py), which is a copy.
+There nothing is shared: an optimizer step that embedding and norms alone had seen would make a
+model that was never published. The LM head has its weight beside the layout: it is the embedding
+where the two are tied, and drafters draft with it.
 
 Leaves out training: the policy module has its own model object with its own attention.
 Shape legend: fastrl/types.py.
@@ -11,22 +16,22 @@ Shape legend: fastrl/types.py.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastrl.rollout.attention import CACHED_ATTENTION, KVView
+from fastrl.rollout.drafters.states import inputs_of_layers
 from fastrl.rollout.sharded_weights import is_shared, whole
 from fastrl.rollout.torch_engine.kv_cache import KVCache
-from fastrl.rollout.torch_engine.served_linear import ServedLinear
+from fastrl.rollout.torch_engine.served_linear import ServedLinear, has_kernel
 from fastrl.rollout.weight_differences import Comparison, WeightDifference
 from fastrl.rollout.weights import changes_after_head, check_fits
 
+_HEAD = "lm_head.weight"
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -68,9 +73,9 @@ class TargetModel:
             self._base.rotary_emb = type(self._base.rotary_emb)(config=self.config)
         self._mask_stand_in = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
         self._read_layers: tuple[int, ...] = ()
-        self._layer_inputs: dict[int, Tensor] = {}
         self._copies: dict[str, Tensor] = {}  # of weights that could not be shared
-        self._served: dict[str, ServedLinear] = {}  # by their weights' names
+        self._laid_out = self._layers_to_lay_out()  # by their weights' names
+        self._served: dict[str, ServedLinear] = {}  # likewise, from `load` on
         self.has_weights = False
 
     @property
@@ -105,13 +110,14 @@ class TargetModel:
 
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take all weights; tensors of our device and dtype are shared, others copied, sharded ones
-        gathered from all ranks of their mesh.
+        gathered from all ranks of their mesh. In bfloat16 on a CPU all are copied: what is served
+        stands still until the next call.
 
         Raises ValueError naming missing, unknown and misshapen tensors.
         """
         given = dict(named_tensors)
         if self.config.tie_word_embeddings:
-            given.pop("lm_head.weight", None)
+            given.pop(_HEAD, None)
         own = dict(self._model.named_parameters())
         check_fits(given, own, what="policy weights for the engine's model")
         self.has_weights = False
@@ -120,31 +126,41 @@ class TargetModel:
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in given.items():
                 ready = whole(tensor, dtype=self.dtype, device=self.device)
-                if is_shared(ready, tensor):
-                    self._copies.pop(name, None)
-                    new[name] = ready
+                if name in self._laid_out and name != _HEAD:
+                    self._lay_out(name, ready)
                 elif name in self._copies:
                     self._copies[name].copy_(ready)
-                else:
+                elif not is_shared(ready, tensor):
                     self._copies[name] = new[name] = ready
+                elif self._laid_out:
+                    self._copies[name] = new[name] = ready.clone()
+                else:
+                    new[name] = ready
                 del ready  # before the next is made
         self._model.load_state_dict(new, strict=False, assign=True)
         self._model.requires_grad_(False)
         self._model.tie_weights()
-        _check_materialized(self._model)
-        self._lay_out()
+        if _HEAD in self._laid_out:
+            self._lay_out(_HEAD, self.lm_head.get_parameter("weight"))
+        for name, served in self._served.items():
+            served.bias_O = self._laid_out[name].bias
+        _check_materialized(self._model, except_for=self._served.keys() - {_HEAD})
         self.has_weights = True
 
-    def _lay_out(self) -> None:
-        """Serve linear layers in a layout of their own where that pays; their modules keep their
-        weights. Float32 is left alone: there the trainer's own memory is served."""
-        if self.device.type != "cpu" or self.dtype != torch.bfloat16:
-            return
-        for name, module in self._model.named_modules():
-            if isinstance(module, nn.Linear):
-                served = ServedLinear(module.weight, module.bias)
-                module.forward = served  # type: ignore[method-assign,assignment]
-                self._served[f"{name}.weight"] = served
+    def _layers_to_lay_out(self) -> dict[str, nn.Linear]:
+        """Float32 is left alone: there the trainer's own memory is served."""
+        if self.dtype != torch.bfloat16 or not has_kernel(self.device, self.dtype):
+            return {}
+        return {
+            f"{name}.weight": module
+            for name, module in self._model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def _lay_out(self, name: str, weight_OI: Tensor) -> None:
+        """Have a layer compute with a weight that its module does not keep."""
+        self._served[name] = ServedLinear(weight_OI)
+        self._laid_out[name].forward = self._served[name]  # type: ignore[method-assign,assignment]
 
     def compare(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[WeightDifference]:
         """Our weights that differ from these; sharded ones are gathered from all ranks of their
@@ -154,27 +170,27 @@ class TargetModel:
         """
         own, given = dict(self._model.named_parameters()), dict(named_tensors)
         if self.config.tie_word_embeddings:
-            given.pop("lm_head.weight", None)
+            given.pop(_HEAD, None)
         check_fits(given, own, what="policy weights to compare")
         comparison = Comparison()
         for name, tensor in given.items():
             published = whole(tensor, dtype=self.dtype, device=self.device)
-            served = self._served[name].weight_OI if name in self._served else own[name]
-            comparison.compare(name, served, published)
+            if not own[name].is_meta:
+                comparison.compare(name, own[name], published)
+            for layer in self._layers_of(name, own[name]):
+                comparison.compare(layer, self._served[layer].weight_OI, published)
         return comparison.differences()
+
+    def _layers_of(self, name: str, weight: Tensor) -> list[str]:
+        """Names of the layers laid out that compute with a published weight: the LM head's, for the
+        embedding that it is tied to."""
+        if weight is self.lm_head.get_parameter("weight"):
+            name = _HEAD
+        return [name] if name in self._served else []
 
     def read_layers(self, layers: Sequence[int]) -> None:
         """Have states hold the inputs of these layers, for a drafter that reads them."""
         self._read_layers = tuple(layers)
-        for layer in set(layers):
-            self._base.get_submodule(f"layers.{layer}").register_forward_pre_hook(
-                functools.partial(self._keep_input, layer), with_kwargs=True
-            )
-
-    def _keep_input(
-        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self._layer_inputs[layer] = args[0] if args else kwargs["hidden_states"]
 
     @property
     def state_size(self) -> int:
@@ -189,19 +205,19 @@ class TargetModel:
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, view: KVView) -> Tensor:
         """States [B, T, S]: hidden states after the final norm, and side by side with them the
         inputs of the layers that are read; keys and values go into the view's cache."""
-        output = self._base(
-            input_ids=tokens_BT,
-            position_ids=positions_BT,
-            attention_mask=self._mask_stand_in,  # four-dimensional: passed on as it is, unused
-            use_cache=False,
-            kv_view=view,
-        )
+        with inputs_of_layers(self._base, self._read_layers) as inputs:
+            output = self._base(
+                input_ids=tokens_BT,
+                position_ids=positions_BT,
+                attention_mask=self._mask_stand_in,  # four-dimensional: passed on as it is, unused
+                use_cache=False,
+                kv_view=view,
+            )
         hidden_BTD: Tensor = output.last_hidden_state
         if not self._read_layers:
             return hidden_BTD
-        inputs = [self._layer_inputs[layer] for layer in self._read_layers]
-        self._layer_inputs.clear()
-        return torch.cat((hidden_BTD, *inputs), dim=-1)
+        read = (inputs[layer] for layer in self._read_layers)
+        return torch.cat((hidden_BTD, *read), dim=-1)
 
 
 def _check_supported(config: PretrainedConfig, model_path: str) -> None:
@@ -226,9 +242,9 @@ def _check_supported(config: PretrainedConfig, model_path: str) -> None:
         )
 
 
-def _check_materialized(model: nn.Module) -> None:
+def _check_materialized(model: nn.Module, *, except_for: Collection[str]) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    if empty := [name for name, tensor in tensors if tensor.is_meta]:
+    if empty := [name for name, one in tensors if one.is_meta and name not in except_for]:
         raise ValueError(
             f"the embedded engine cannot fill {empty} of {type(model).__name__}: they are neither "
             f"published weights nor rotary buffers; use the SGLang engine for this architecture"

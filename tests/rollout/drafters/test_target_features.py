@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from fastrl.rollout.drafters.states import inputs_of_layers
 from fastrl.rollout.drafters.target_features import micro_batches, sequence_features
 from fastrl.types import TokenSequence
 from tests.rollout.tiny_models import FAMILIES, VOCAB_SIZE, make_target
@@ -67,6 +68,22 @@ def test_the_inputs_of_layers_come_with_them(family: str, tmp_path: Path) -> Non
         second_TD, first_TD = inputs[1][0], inputs[0][0]  # the first layer runs first
         expected = torch.cat((hidden_TD, second_TD, first_TD), dim=-1)
         torch.testing.assert_close(one.hidden_TD, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_inputs_of_layers_are_transformers_hidden_states_to_the_bit(
+    family: str, tmp_path: Path
+) -> None:
+    target, layers = make_target(tmp_path, family).base_model, (2, 0, 1)
+    tokens_BT = torch.arange(24).view(2, 12)
+    expected = target(input_ids=tokens_BT, use_cache=False, output_hidden_states=True)
+    with inputs_of_layers(target, layers) as inputs:
+        output = target(input_ids=tokens_BT, use_cache=False)
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+    for layer in layers:
+        assert torch.equal(inputs[layer], expected.hidden_states[layer])
+    target(input_ids=tokens_BT + 1, use_cache=False)
+    assert torch.equal(inputs[0], expected.hidden_states[0])  # no longer looked at
 
 
 def test_the_same_sequences_have_the_same_features_to_the_bit(tmp_path: Path) -> None:

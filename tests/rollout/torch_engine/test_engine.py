@@ -9,6 +9,7 @@ from transformers import GPT2Config, GptOssConfig, GptOssForCausalLM
 
 from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy
 from fastrl.rollout.torch_engine import TorchEngine
+from fastrl.rollout.torch_engine.served_linear import ServedLinear
 from fastrl.types import FinishReason, Prompt, SamplingParams
 from tests.rollout.tiny_models import EOS, VOCAB_SIZE, make_drafter, make_prompts, make_target
 from tests.rollout.torch_engine.fakes import CyclingSelector
@@ -355,3 +356,61 @@ def test_bfloat16_serves_each_publication_and_shows_what_it_serves(folders, targ
             tensor.mul_(-1.5)
     assert engine.compare_policy(weights.items()) != []
     engine.close()
+
+
+def test_a_tied_head_that_is_not_the_published_embedding_is_found(folders, target_model):
+    """On a CPU in bfloat16 the head is a copy of its own, under no published name."""
+    engine = TorchEngine(max_batch_size=2, dtype="bfloat16", device="cpu")
+    engine.start(str(folders[0]))
+    engine.load_policy(target_model.named_parameters(), version=0)
+    target = engine._started().target
+    served, embedding = target.lm_head.forward, target.embedding.weight
+    served._weight = ServedLinear(embedding + torch.eye(*embedding.shape).bfloat16())._weight
+    (difference,) = engine.compare_policy(target_model.named_parameters())
+    assert difference.name == "lm_head.weight"
+    assert difference.num_different == min(embedding.shape)
+    engine.load_policy(target_model.named_parameters(), version=1)
+    assert engine.compare_policy(target_model.named_parameters()) == []
+    engine.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # tied; a head and biases of its own
+def test_a_bfloat16_trainer_s_step_shows_in_nothing_before_its_publication(tmp_path, family):
+    """Layers that are laid out would stay behind an embedding that is shared."""
+    model = make_target(tmp_path, family).to(torch.bfloat16)
+    engine = TorchEngine(max_batch_size=2, dtype="bfloat16", device="cpu")
+    engine.start(str(tmp_path))
+
+    def served():
+        (one,) = engine.generate(make_prompts(1), LONG, return_hidden_states=True)
+        return one.tokens, one.hidden_states
+
+    engine.load_policy(model.named_parameters(), version=0)
+    tokens, states = served()
+    names = dict(model.named_parameters()).keys()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5).add_(0.1)
+    assert served()[0] == tokens
+    assert torch.equal(served()[1], states)
+    assert {one.name for one in engine.compare_policy(model.named_parameters())} >= names
+    engine.load_policy(model.named_parameters(), version=1)
+    assert engine.compare_policy(model.named_parameters()) == []
+    fresh = TorchEngine(max_batch_size=2, dtype="bfloat16", device="cpu")
+    fresh.start(str(tmp_path))
+    fresh.load_policy([(name, one.clone()) for name, one in model.named_parameters()], version=1)
+    (expected,) = fresh.generate(make_prompts(1), LONG, return_hidden_states=True)
+    assert served()[0] == expected.tokens
+    assert torch.equal(served()[1], expected.hidden_states)
+    assert not torch.equal(states[:1], expected.hidden_states[:1])
+
+
+def test_a_layer_that_is_laid_out_keeps_no_second_weight(folders, target_model):
+    engine = TorchEngine(max_batch_size=2, dtype="bfloat16", device="cpu")
+    engine.start(str(folders[0]))
+    for version in range(2):
+        engine.load_policy(target_model.named_parameters(), version=version)
+        own = dict(engine._started().target._model.named_parameters())
+        kept = {name for name, one in own.items() if not one.is_meta}
+        assert all("norm" in name or "embed" in name for name in kept)
+        assert "model.embed_tokens.weight" in kept
