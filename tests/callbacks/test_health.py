@@ -133,8 +133,10 @@ def zero_drafter(engine: TorchEngine, step: int) -> None:
     if step == 1:
         assert engine._loaded is not None
         assert engine._loaded.drafter is not None
+        assert engine._loaded.drafting is not None
         for parameter in engine._loaded.drafter.parameters():
             parameter.zero_()
+        engine._loaded.drafting.refresh()  # what is served is laid out from these
         engine.wake()
 
 

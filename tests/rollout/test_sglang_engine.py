@@ -281,12 +281,6 @@ def test_misnamed_drafter_weights_are_refused_by_name(sglang_engine, target_mode
 # -- what it refuses ------------------------------------------------------------------------------
 
 
-def test_filters_that_it_would_not_apply_exactly_are_refused(sglang_engine):
-    for sampling in (SamplingParams(top_p=0.9), SamplingParams(min_p=0.1)):
-        with pytest.raises(ValueError, match="stock SGLang"):
-            sglang_engine.generate(make_prompts(1), sampling)
-
-
 def test_another_strategy_after_the_start_is_refused(sglang_engine):
     sglang_engine.strategy_selector = FixedStrategy("4_2_8")
     try:

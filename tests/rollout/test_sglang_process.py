@@ -105,6 +105,8 @@ def test_a_process_that_it_needs_is_missed(tmp_path, monkeypatch):
     process = EngineProcess(tmp_path / "engine.log")
     assert wait_until(lambda: len(living_members(process.group)) == 2)
     (needed,) = set(living_members(process.group)) - {process.group}
+    command_line = Path(f"/proc/{needed}/cmdline")  # its parent's, until it has become `sleep`
+    assert wait_until(lambda: command_line.read_bytes().startswith(b"sleep"))
     process.watch([needed])
     os.kill(process.group, signal.SIGSTOP)  # it will not answer
     os.kill(needed, signal.SIGKILL)
