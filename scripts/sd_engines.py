@@ -9,9 +9,10 @@ and of SGLang alone:
   and chooses among those of its default configuration.
 
 Arms of one engine are interleaved, engines come one after the other. Only the decode steps of a
-call are timed. TorchEngine tells how long its prefill took. SGLang does not, so there two calls for
-one token each come first: one fills its cache of prefixes, emptied before, by the other's time the
-third is shorter. Leaves out the order of calls, and what is made of them (bench_sd.py).
+call are timed. TorchEngine tells how long its prefill took. SGLang does not, so there calls for
+one token each come first: one fills its cache of prefixes, emptied before, the median time of the
+others is what the prefill takes of the call that is timed. Leaves out the order of calls, and what
+is made of them (bench_sd.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +40,8 @@ from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingPa
 STOCK, SGLANG_ADAPTIVE = "stock_", "sglang_adaptive"
 _SGLANG_LARGEST_CHAIN = "7_1_8"
 """Of SGLang's default adaptive configuration, whose buffers are sized by what it starts with."""
+_NUM_PREFILLS = 3
+"""Timed alone before each call of SGLang; one that the machine held up must not count."""
 _SIMULATION = "SGLANG_SIMULATE_ACC_LEN"
 
 
@@ -262,9 +266,11 @@ class SGLangArm:
         if self.selector is not None:
             # A bandit would have steps timed for as short a response as its first call asks for.
             self.engine.strategy_selector = FixedStrategy(OFF)
-        for _ in range(2):
+        prefills_s = []
+        for _ in range(1 + _NUM_PREFILLS):
             self.engine.generate(prompts, first_token, num_samples=num_samples, seed=seed)
-        prefill_s = self.engine.stats().seconds
+            prefills_s.append(self.engine.stats().seconds)
+        prefill_s = statistics.median(prefills_s[1:])
         if self.selector is not None:
             self.engine.strategy_selector = self.selector
         rollouts = self.engine.generate(prompts, self.sampling, num_samples=num_samples, seed=seed)

@@ -37,6 +37,7 @@ from fastrl.rollout.sglang_steps import Rehearsal, RequestSteps, SessionReport
 
 _WATCH_INTERVAL_S = 0.5
 _RPC_TIMEOUT_S = 120
+_IDLE_TIMEOUT_S = 60
 """A scheduler answers between two steps, or two chunks of a prefill."""
 _OLDEST, _TOO_NEW = (0, 5, 17), (0, 5, 22)
 
@@ -255,8 +256,10 @@ class EngineHost:
         return difference
 
     def _flush(self) -> None:
-        flushed = self._engine.flush_cache()
-        self._check((flushed.success, "the cache could not be emptied"))
+        # A response can arrive before the step that SGLang had under way beside it is over.
+        manager = self._engine.tokenizer_manager
+        flushed = self._wait(manager.flush_cache(timeout_s=_IDLE_TIMEOUT_S))
+        self._check((flushed.success, f"the cache could not be emptied: {flushed.message}"))
 
     def serve_checksums(self) -> list[dict[str, str]]:
         """A checksum of each weight by SGLang's name for it, `draft.` before the drafter's; one

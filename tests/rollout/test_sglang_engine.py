@@ -73,6 +73,18 @@ def test_greedy_tokens_are_those_of_the_embedded_engine(any_strategy, engine):
     assert [rollout.text for rollout in rollouts] == [rollout.text for rollout in expected]
 
 
+def test_the_cache_can_be_emptied_straight_after_an_answer(sglang_by_strategy, target_model):
+    """SGLang has answered, but may have a step under way that it began beside the last one."""
+    engine = sglang_by_strategy("3_4_8")
+    engine.load_policy(target_model.named_parameters(), version=0)
+    short = SamplingParams(max_tokens=2, ignore_eos=True)
+    (prompt,) = make_prompts(1)
+    for seed in range(40):
+        engine.flush_cache()
+        engine.generate([prompt], short, seed=seed)
+        assert engine.stats().num_prompt_tokens == len(prompt.tokens)  # none of them was cached
+
+
 @pytest.mark.parametrize("filters", FILTERS)
 def test_tokens_follow_the_target_distribution(any_strategy, target_model, filters):
     """Three tokens among a few each: all responses by their probabilities, which are reported."""
