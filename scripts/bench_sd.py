@@ -19,6 +19,9 @@ Step costs of a shape, without a checkpoint, as if every verification yielded 6.
 SGLang sizes buffers by the longest context: --sglang.server_args.context_length 4096 saves memory
 where that is long.
 
+--profile FOLDER traces a short call of each arm at each batch size, after all that is timed: for
+https://ui.perfetto.dev, where a step's time goes.
+
 `stock_off` is plain decoding by stock SGLang, what a user has without speculation: where it is
 among the arms, all ratios are to it, else to `off`. It is an engine of its own, so such a ratio is
 between the medians of two engines, its spread that of the one arm. The counterpart of the original
@@ -51,6 +54,7 @@ from rollout_figures import ADAPTIVE, OFF, print_summary, ratio_and_spread
 from sd_engines import (
     SGLANG_ADAPTIVE,
     STOCK,
+    Arm,
     Sample,
     Session,
     SGLangOptions,
@@ -137,6 +141,8 @@ class Bench:
     accept_length, step_ms}."""
     plot: Path | None = None
     """File for a plot of tokens a second, and of the ratios."""
+    profile: Path | None = None
+    """Folder for traces, one folder in it for each arm and batch size."""
 
     def __post_init__(self) -> None:
         arms = arms_of(self)
@@ -285,7 +291,22 @@ def measure(bench: Bench, session: Session, prompts: Sequence[Prompt]) -> Sample
                     sample = arms[name].run(asked, num_samples, bench.seed + round_)
                     if round_ >= bench.warm_up_rounds:
                         samples[name, batch_size].append(sample)
+        if bench.profile is not None:
+            _trace(bench, session, arms, prompts)
     return samples
+
+
+def _trace(
+    bench: Bench, session: Session, arms: Mapping[str, Arm], prompts: Sequence[Prompt]
+) -> None:
+    """A short call of each arm, the prompts' prefixes being cached by those before."""
+    assert bench.profile is not None, "asked for by the caller"
+    for batch_size in session.batch_sizes:
+        asked = prompts[: num_prompts(bench, batch_size)]
+        for name in session.arms_at(batch_size):
+            folder = bench.profile / f"{name}_batch_{batch_size}"
+            folder.mkdir(parents=True, exist_ok=True)
+            arms[name].trace(asked, min(batch_size, bench.num_samples), folder)
 
 
 # -- figures --------------------------------------------------------------------------------------

@@ -24,10 +24,12 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rollout_figures import ADAPTIVE, OFF
 from torch import Tensor
+from torch.profiler import profile
 
 from fastrl.rollout.bandit import FixedStrategy
 from fastrl.rollout.bandit_base import MAX_TREE_NODES
@@ -42,6 +44,8 @@ _SGLANG_LARGEST_CHAIN = "7_1_8"
 """Of SGLang's default adaptive configuration, whose buffers are sized by what it starts with."""
 _NUM_PREFILLS = 3
 """Timed alone before each call of SGLang; one that the machine held up must not count."""
+_TRACED_TOKENS = 32
+"""Of each response; a trace of more is slow to open."""
 _SIMULATION = "SGLANG_SIMULATE_ACC_LEN"
 
 
@@ -144,6 +148,10 @@ class Arm(Protocol):
         """Generate `num_samples` responses a prompt, all at once."""
         ...
 
+    def trace(self, prompts: Sequence[Prompt], num_samples: int, folder: Path) -> None:
+        """Generate a few tokens of each, and write what took the time to a file in the folder."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
@@ -210,6 +218,13 @@ class TorchArm:
         stats = self.engine.stats()
         return sample_of(rollouts, stats, stats.prefill_seconds)
 
+    def trace(self, prompts: Sequence[Prompt], num_samples: int, folder: Path) -> None:
+        """See `Arm.trace`."""
+        short = dataclasses.replace(self.sampling, max_tokens=_TRACED_TOKENS)
+        with profile() as traced:
+            self.engine.generate(prompts, short, num_samples=num_samples)
+        traced.export_chrome_trace(str(folder / "trace.json.gz"))
+
 
 def torch_sessions(
     subject: Subject, arms: Sequence[str], batch_sizes: Sequence[int]
@@ -275,6 +290,14 @@ class SGLangArm:
             self.engine.strategy_selector = self.selector
         rollouts = self.engine.generate(prompts, self.sampling, num_samples=num_samples, seed=seed)
         return sample_of(rollouts, self.engine.stats(), prefill_s)
+
+    def trace(self, prompts: Sequence[Prompt], num_samples: int, folder: Path) -> None:
+        """See `Arm.trace`."""
+        if self.selector is not None:
+            self.engine.strategy_selector = self.selector
+        short = dataclasses.replace(self.sampling, max_tokens=_TRACED_TOKENS)
+        with self.engine.profiled(str(folder)):
+            self.engine.generate(prompts, short, num_samples=num_samples)
 
 
 def sglang_sessions(

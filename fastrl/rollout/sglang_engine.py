@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -238,6 +239,17 @@ class SGLangEngine:
     def flush_cache(self) -> None:
         """Forget the prefixes of past prompts and responses, as a publication does."""
         self._started().process.call("flush_cache", MESSAGE_TIMEOUT_S)
+
+    @contextmanager
+    def profiled(self, folder: str) -> Iterator[None]:
+        """Have SGLang trace its schedulers meanwhile, by PyTorch's profiler: a file each, written
+        to the folder in the end."""
+        process = self._started().process
+        process.call("start_profile", MESSAGE_TIMEOUT_S, folder=folder)
+        try:
+            yield
+        finally:
+            process.call("stop_profile", MESSAGE_TIMEOUT_S)
 
     def weight_checksums(self) -> list[dict[str, str]]:
         """Checksums of SGLang's weights by its own names (`draft.` before the drafter's), for each

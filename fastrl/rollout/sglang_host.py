@@ -172,6 +172,14 @@ class EngineHost:
         """Nothing of past requests stays in SGLang's prefix cache."""
         self._flush()
 
+    def serve_start_profile(self, folder: str) -> None:
+        """Trace SGLang's schedulers from here on."""
+        self._engine.start_profile(output_dir=folder, with_stack=False, record_shapes=False)
+
+    def serve_stop_profile(self) -> None:
+        """Write what was traced."""
+        self._engine.stop_profile()
+
     def serve_graph_memory(self) -> dict[str, float]:
         """GiB that each strategy's graphs and buffers took."""
         gib: dict[str, float] = self._ask("graph_memory")

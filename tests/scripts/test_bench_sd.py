@@ -1,6 +1,7 @@
 """The benchmark of speculation on tiny models: figures by hand, files, arms, what it refuses."""
 
 import contextlib
+import gzip
 import json
 import os
 from pathlib import Path
@@ -166,6 +167,17 @@ def test_figures_of_the_embedded_engine_are_written_and_read_back(tmp_path, caps
     shown = capsys.readouterr().out
     assert "adaptive/best fixed" in shown
     assert "milliseconds a step (accept length from which on it is faster than off)" in shown
+
+
+def test_a_trace_of_each_arm_is_written_where_asked_for(tmp_path):
+    run(tiny(arms=["off", "2_1_3"], batch_sizes=[2], rounds=1, profile=tmp_path / "traces"))
+    for arm in ("off", "2_1_3"):
+        (trace,) = (tmp_path / "traces" / f"{arm}_batch_2").iterdir()
+        names = {
+            event["name"]
+            for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        }
+        assert "aten::linear" in names
 
 
 def test_every_arm_gets_the_same_prompts_and_each_round_its_own():

@@ -1,6 +1,8 @@
 """The benchmark of speculation over real SGLang on the CPU, in miniature."""
 
+import gzip
 import importlib.util
+import itertools
 import json
 
 import pytest
@@ -54,7 +56,17 @@ def bench_of(folder, **changes: object) -> Bench:
 def test_stock_engines_and_sglangs_own_adaptive_mode(tmp_path):
     make_drafter(tmp_path / "drafter", make_target(tmp_path / "target"))
     arms = ["stock_off", "stock_3_4_8", "sglang_adaptive"]
-    run(bench_of(tmp_path, arms=arms, drafter=str(tmp_path / "drafter")))
+    bench = bench_of(
+        tmp_path, arms=arms, drafter=str(tmp_path / "drafter"), profile=tmp_path / "traces"
+    )
+    run(bench)
+    for arm, batch_size in itertools.product(arms, (1, 4)):
+        (trace,) = (tmp_path / "traces" / f"{arm}_batch_{batch_size}").rglob("*.json.gz")
+        names = {
+            event["name"]
+            for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        }
+        assert "aten::linear" in names
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [(entry["batch_size"], entry["arm"]) for entry in written] == [
         (batch_size, arm) for batch_size in (1, 4) for arm in arms
