@@ -6,7 +6,8 @@ versions of the CPU kernels that SGLang calls (`sgl_kernel`: the package index h
 itself (`fastrl_sglang_cpu.py`). The requirements say what to install. All is written for clarity,
 not for speed: tiny models only.
 
-The layouts are those of SGLang 0.5.21. Shape legend: fastrl/types.py; P places in a request's row
+The layouts are those of SGLang 0.5.21; 0.5.20 and 0.5.19 run too, and are not run by .ci/run. Older
+ones do not speculate on a CPU. Shape legend: fastrl/types.py; P places in a request's row
 of the token pool.
 """
 

@@ -30,17 +30,34 @@ def _verify_by_sampling():
     """On a CPU it takes the target's best token whatever the temperature."""
     from sglang.srt.speculative import eagle_utils
 
-    eagle_utils._verify_uses_greedy = lambda *, is_all_greedy, **_: is_all_greedy
+    if "_verify_uses_greedy" in vars(eagle_utils):  # since 0.5.21
+        eagle_utils._verify_uses_greedy = lambda *, is_all_greedy, **_: is_all_greedy
+        return
+    sample = eagle_utils.eagle_sample
+
+    def sample_as_on_a_gpu(verify_input, batch, *args, **kwargs):
+        eagle_utils._is_cpu = batch.sampling_info.is_all_greedy
+        try:
+            return sample(verify_input, batch, *args, **kwargs)
+        finally:
+            eagle_utils._is_cpu = True
+
+    eagle_utils.eagle_sample = sample_as_on_a_gpu
 
 
 def _allow_seeded_sampling():
     """Seeds come with deterministic inference, which knows GPU backends only; float32 on a CPU
     needs no kernels of its own for that."""
-    from sglang.srt import batch_invariant_ops
-    from sglang.srt.arg_groups import choices
+    from sgl_kernel import seeded_noise
+    from sglang.kernels.ops.sampling import murmur_hash
+    from sglang.srt import batch_invariant_ops, server_args
+    from sglang.srt.layers import sampler
 
-    choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("intel_amx")
+    # A list that is defined elsewhere since 0.5.20, and the same there.
+    server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("intel_amx")
     batch_invariant_ops.enable_batch_invariant_mode = lambda: None
+    for module in (murmur_hash, sampler):  # for a GPU alone before 0.5.20
+        module.murmur_hash32 = seeded_noise.murmur_hash32
 
 
 def _stay_stock():

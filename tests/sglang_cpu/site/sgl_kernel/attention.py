@@ -10,8 +10,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 def register():
     """SGLang takes these two from torch.ops."""
-    torch.ops.sgl_kernel.extend_attention_cpu = extend_attention_cpu
-    torch.ops.sgl_kernel.decode_attention_cpu = decode_attention_cpu
+    torch.ops.sgl_kernel.extend_attention_cpu = _as_called(extend_attention_cpu, 6, 20)
+    torch.ops.sgl_kernel.decode_attention_cpu = _as_called(decode_attention_cpu, 3, 17)
+
+
+def _as_called(kernel, scales_at, num_older):
+    """The kernel as 0.5.19 calls it too: without scales of the cache, `num_older` arguments."""
+
+    def call(*args):
+        if len(args) == num_older:
+            args = (*args[:scales_at], None, None, *args[scales_at:])
+        return kernel(*args)
+
+    return call
 
 
 def extend_attention_cpu(
