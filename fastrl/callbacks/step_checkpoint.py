@@ -127,6 +127,8 @@ class StepCheckpoint(Checkpoint):
         if not self._is_training or trainer.state.fn != TrainerFn.FITTING:
             return
         self._is_validated = True
+        if trainer.should_stop and trainer.is_last_batch:
+            return  # of an epoch that need not end with a validation; the run's end saves it
         self._save(trainer, pl_module)
         if self.keep:
             trainer.save_checkpoint(self._folder / f"step-{self._finished_step}.ckpt")
@@ -183,9 +185,10 @@ class StepCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with an epoch that is through, if it has more RL steps now.
+        """Go on with an epoch that has RL steps left: it has more now, or was stopped early, by
+        trainer.max_time say.
 
-        Lightning's counters would make a run that ended with it end at once.
+        Lightning counts it as finished, and would go on with the next one, or end at once.
         """
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.state.fn != TrainerFn.FITTING or datamodule is None:
@@ -193,7 +196,7 @@ class StepCheckpoint(Checkpoint):
         fit_loop = checkpoint["loops"]["fit_loop"]
         steps = fit_loop["epoch_loop.batch_progress"]
         num_steps = _num_steps(cast(_StepSource, datamodule).num_steps, trainer.limit_train_batches)
-        if not steps["is_last_batch"] or num_steps <= _finished(steps):
+        if num_steps <= _finished(steps):
             return
         steps["is_last_batch"] = False
         for counts in fit_loop["epoch_progress"].values():

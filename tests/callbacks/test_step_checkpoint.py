@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ RUNS = {
     "validation on the way": {"num_steps": 5, "val_check_interval": 2},
     "validation on the way and at the end": {"num_steps": 4, "val_check_interval": 2},
     "two epochs": {"num_steps": 3, "val_check_interval": 2, "max_epochs": 2},
+    "two epochs, validation at their ends": {"num_steps": 2, "max_epochs": 2},
 }
 
 
@@ -126,11 +127,12 @@ def fit(
     ckpt_path: Path | None = None,
     policy: Policy | None = None,
     data: Rollouts | None = None,
+    others: Sequence[Callback] = (),
     **settings: Any,
 ) -> CopyingIO:
     torch.manual_seed(0)
     plugin = CopyingIO(recorder)
-    callbacks = [recorder, StepCheckpoint(every_n_steps)]
+    callbacks = [recorder, *others, StepCheckpoint(every_n_steps)]
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,
@@ -210,6 +212,35 @@ def test_a_run_that_is_through_goes_on_when_it_is_given_more_steps(
             continue
         assert resume(tmp_path / copy.stem, copy, longer) == whole.events[first:], copy
         assert resume(tmp_path / copy.stem, copy, run) == []
+
+
+class StoppingAt(Callback):
+    """Ends the run after a step, as Lightning's Timer does when trainer.max_time is over."""
+
+    def __init__(self, rl_step: int) -> None:
+        self.rl_step = rl_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or pl_module.rl_step == self.rl_step
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+def test_a_run_whose_time_was_over_goes_on_where_it_stopped(
+    tmp_path: Path, run: dict[str, Any]
+) -> None:
+    """From each of the checkpoints of its last step; Lightning takes the epoch for finished."""
+    whole = Recorder()
+    fit(tmp_path / "whole", whole, **run)
+    num_steps = run["num_steps"] * run.get("max_epochs", 1)
+    for stop_at in range(1, num_steps):
+        folder = tmp_path / f"stopped-{stop_at}"
+        stopped = Recorder()
+        copies = fit(folder, stopped, others=[StoppingAt(stop_at)], **run).copies
+        assert max(event[1] for event in stopped.events) == stop_at
+        first = next(i for i, event in enumerate(whole.events) if event[1] > stop_at)
+        for copy, num_events in copies:
+            if num_events == len(stopped.events):
+                assert resume(folder / copy.stem, copy, run) == whole.events[first:], copy
 
 
 def test_more_steps_an_epoch_are_taken_in_the_last_one_and_those_to_come(tmp_path: Path) -> None:
