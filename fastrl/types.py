@@ -240,6 +240,21 @@ class StepStats:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A stretch of a process's time, and what it was spent on."""
+
+    name: str
+    start_s: float
+    """On `time.perf_counter`, which all processes of a machine share on Linux."""
+    seconds: float
+
+    @property
+    def end_s(self) -> float:
+        """On the same clock."""
+        return self.start_s + self.seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """What one `generate` call did."""
 
@@ -270,6 +285,10 @@ class EngineStats:
     """As accepted_by_depth, of n-gram strategies."""
     drafter_failures: tuple[str, ...] = ()
     """Learned drafters found bad during the call, or since the one before: which, and why."""
+    spans: tuple[Span, ...] = ()
+    """What followed what: `prefill`, or the strategy of a run of decode steps (`off`, `4_2_8`). By
+    the host, which runs ahead of a GPU by up to a step; none from an SGLang that is not switched
+    between strategies."""
 
     @property
     def accept_length(self) -> float:
@@ -312,6 +331,8 @@ class RolloutBatch:
     stats: EngineStats = field(default_factory=EngineStats)
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds by phase that the datamodule spent on this batch: `publish`, `rollout`, `reward`."""
+    spans: tuple[Span, ...] = ()
+    """The same phases, and `health` if weights were checked, in order."""
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The same batch with its tensors on `device`."""
@@ -376,4 +397,8 @@ class PolicySource(Protocol):
 
     def take_features(self) -> list[SequenceFeatures]:
         """Features of the last batch's sequences, detached and unpadded; empties the store."""
+        ...
+
+    def take_spans(self) -> tuple[Span, ...]:
+        """Its updates since the last call."""
         ...

@@ -11,6 +11,7 @@ from fastrl.callbacks.run_summary import RunSummary
 from fastrl.callbacks.step_checkpoint import StepCheckpoint
 from fastrl.callbacks.strategy_adaptation import StrategyAdaptation
 from fastrl.callbacks.text_samples import TextSamples
+from fastrl.callbacks.timeline import Timeline
 
 __all__ = [
     "DrafterTraining",
@@ -23,5 +24,6 @@ __all__ = [
     "StepCheckpoint",
     "StrategyAdaptation",
     "TextSamples",
+    "Timeline",
     "WeightHealth",
 ]

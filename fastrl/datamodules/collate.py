@@ -16,6 +16,7 @@ from fastrl.types import (
     Rollout,
     RolloutBatch,
     SamplingParams,
+    Span,
 )
 
 
@@ -28,6 +29,7 @@ def collate(
     pad_token_id: int,
     stats: EngineStats,
     timings: Mapping[str, float],
+    spans: tuple[Span, ...] = (),
 ) -> RolloutBatch:
     """One row a rollout, in order.
 
@@ -39,6 +41,7 @@ def collate(
         pad_token_id: fills rows up; masked everywhere.
         stats: what the engine did.
         timings: seconds by phase.
+        spans: the same phases as they followed one another.
     """
     assert rollouts, "collate needs at least one rollout"
     num_rows = len(rollouts)
@@ -73,6 +76,7 @@ def collate(
         reward_results=tuple(reward_results),
         stats=stats,
         timings=dict(timings),
+        spans=spans,
     )
 
 

@@ -32,7 +32,10 @@ from fastrl.datamodules.streams import BatchLoader, load_batches
 from fastrl.model_files import resolve_model
 from fastrl.rollout.architecture import architecture_of_folder, differences
 from fastrl.rollout.engine import RolloutEngine
-from fastrl.types import PolicySource, Prompt, RolloutBatch, SamplingParams
+from fastrl.types import PolicySource, Prompt, RolloutBatch, SamplingParams, Span
+
+_SHORTEST_PHASE_S = 1e-5
+"""A check that nobody has set takes less."""
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -264,6 +267,12 @@ class RolloutDataModule(pl.LightningDataModule):
                 "rollout": generated - checked,
                 "reward": scored - generated,
             },
+            spans=_spans(
+                ("publish", started, published),
+                ("health", published, checked),
+                ("rollout", checked, generated),
+                ("reward", generated, scored),
+            ),
         )
 
     @property
@@ -320,6 +329,15 @@ class RolloutDataModule(pl.LightningDataModule):
             self._engine_state = self.engine.state_dict()
         self._is_started = self._has_published = False
         self.engine.close()
+
+
+def _spans(*phases: tuple[str, float, float]) -> tuple[Span, ...]:
+    """Name, start and end of each; those without length are left out."""
+    return tuple(
+        Span(name=name, start_s=start, seconds=end - start)
+        for name, start, end in phases
+        if end - start > _SHORTEST_PHASE_S
+    )
 
 
 def _check_counts(**counts: int) -> None:

@@ -44,7 +44,7 @@ from fastrl.modules.pass_at_k import mean_pass_at_k
 from fastrl.modules.sharding import as_forward, on_all_ranks
 from fastrl.modules.update_metrics import UpdateMetrics
 from fastrl.rollout.drafters.states import inputs_of_layers
-from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
+from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures, Span
 
 PASS_REWARD = 1 - 1e-6
 """A response passes (pass@k) if its reward is at least this: full marks, up to rounding."""
@@ -87,6 +87,8 @@ class PolicyModule(LightningModule, ABC):
 
     _own_scheduler: LambdaLR | None = None
     """None where a subclass makes its own."""
+    _spans: tuple[Span, ...] = ()
+    """The last update, until it is taken."""
 
     def __init__(
         self,
@@ -186,6 +188,11 @@ class PolicyModule(LightningModule, ABC):
         features, self._features = self._features, {}
         return [features[row] for row in sorted(features)]
 
+    def take_spans(self) -> tuple[Span, ...]:
+        """The last update; it is handed over once."""
+        spans, self._spans = self._spans, ()
+        return spans
+
     def configure_optimizers(self) -> Any:
         """AdamW and a scheduler that counts RL steps."""
         num_rl_steps = float("inf")
@@ -225,7 +232,10 @@ class PolicyModule(LightningModule, ABC):
         self.rl_step += 1
         self.policy_version += 1
         self.is_updating = False
-        self._log_step(batch, {**metrics.result(), "lr": lr}, started_s)
+        values = {**metrics.result(), "lr": lr}
+        seconds = time.perf_counter() - started_s
+        self._spans = (Span(name="update", start_s=started_s, seconds=seconds),)
+        self._log_step(batch, values, seconds)
 
     def _split(self, batch: RolloutBatch, lengths: Sequence[int]) -> list[MiniBatch]:
         """Of a sharded policy all ranks get as many micro-batches, or the same error."""
@@ -363,7 +373,7 @@ class PolicyModule(LightningModule, ABC):
             )
 
     def _log_step(
-        self, batch: RolloutBatch, values: Mapping[str, float | Tensor], started_s: float
+        self, batch: RolloutBatch, values: Mapping[str, float | Tensor], seconds: float
     ) -> None:
         rewards_B = batch.rewards_B.float()
         self.log_dict(
@@ -372,7 +382,7 @@ class PolicyModule(LightningModule, ABC):
                 "reward/mean": rewards_B.mean(),
                 "reward/std": rewards_B.std(correction=0),
                 **{f"policy/{name}": value for name, value in values.items()},
-                "time/update": time.perf_counter() - started_s,
+                "time/update": seconds,
             },
             on_step=True,
             on_epoch=False,

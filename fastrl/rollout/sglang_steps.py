@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fastrl.rollout.bandit_base import Bandit, MeasuredCost
 from fastrl.rollout.engine import StrategySelector
-from fastrl.rollout.step_statistics import StatisticsRecorder
+from fastrl.rollout.step_statistics import PREFILL, StatisticsRecorder
 from fastrl.types import OFF, DraftStrategy, EngineStats, StepStats
 
 Nodes = NDArray[np.int64]
@@ -157,17 +157,21 @@ class DecodeSession:
         """Strategy of the next step over these requests, and their longest context."""
         self._learn()
         context_tokens = self._longest_context(requests)
+        strategy = self._strategy(len(requests), context_tokens)
+        self._recorder.enter(str(strategy))
+        return strategy, context_tokens
+
+    def _strategy(self, batch_size: int, context_tokens: int) -> DraftStrategy:
         if self._rehearsal is None:
-            strategy = self._selector.select(len(requests), context_tokens)
+            strategy = self._selector.select(batch_size, context_tokens)
             if strategy.drafter == "ngram":  # stands in for a drafter; SGLang has no such trees
-                strategy = OFF
-            return strategy, context_tokens
-        if len(requests) < self._rehearsal.batch_size:
-            return self._rehearsal.strategies[0], context_tokens
-        if self._planned:
-            return self._planned.popleft(), context_tokens
-        self._is_over = True
-        return self._rehearsal.strategies[0], context_tokens
+                return OFF
+            return strategy
+        if batch_size >= self._rehearsal.batch_size:
+            if self._planned:
+                return self._planned.popleft()
+            self._is_over = True
+        return self._rehearsal.strategies[0]
 
     @property
     def is_over(self) -> bool:
@@ -184,8 +188,9 @@ class DecodeSession:
         return self._context_tokens
 
     def prefilled(self) -> None:
-        """A prefill ran: what a decode step before it took ends with itself."""
+        """A prefill begins: what a decode step before it took ends with itself."""
         self._context_rows = 0
+        self._recorder.enter(PREFILL)
 
     def begin(self, step: DecodeStep, *, follows: bool) -> None:
         """A step is under way; it follows the one before if nothing else ran between."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from time import perf_counter
 
-from fastrl.types import DraftStrategy, EngineStats
+from fastrl.types import DraftStrategy, EngineStats, Span
+
+PREFILL = "prefill"
 
 
 class _ByDepth:
@@ -46,6 +49,19 @@ class StatisticsRecorder:
         self._row_steps = 0
         self._accepted_tokens = 0
         self._by_depth = {"learned": _ByDepth(), "ngram": _ByDepth()}
+        self._entered: list[tuple[str, float]] = []
+
+    def enter(self, name: str) -> None:
+        """What begins now, and ends what went on before: a prefill, or a step of a strategy."""
+        if not self._entered or self._entered[-1][0] != name:
+            self._entered.append((name, perf_counter()))
+
+    def _spans(self) -> tuple[Span, ...]:
+        ends = [*(start for _, start in self._entered[1:]), perf_counter()]  # one more than none
+        return tuple(
+            Span(name=name, start_s=start, seconds=end - start)
+            for (name, start), end in zip(self._entered, ends, strict=False)
+        )
 
     def add_step(
         self, strategy: DraftStrategy, num_taken: Sequence[int], num_accepted: Sequence[int]
@@ -81,4 +97,5 @@ class StatisticsRecorder:
             accepted_by_depth=learned.accepted,
             ngram_offered_by_depth=ngram.offered,
             ngram_accepted_by_depth=ngram.accepted,
+            spans=self._spans(),
         )

@@ -47,6 +47,9 @@ def test_greedy_tokens_are_those_of_plain_decoding_while_switching_every_batch(s
     assert [rollout.tokens for rollout in rollouts] == [rollout.tokens for rollout in expected]
     stats = switching.stats()
     assert set(stats.steps_by_strategy) == {"off", *POOL}
+    assert {span.name for span in stats.spans} == {"prefill", "off", *POOL}
+    assert 0.5 < sum(span.seconds for span in stats.spans) / stats.seconds < 1.01
+    assert abs(stats.spans[-1].end_s - time.perf_counter()) < 60  # a clock that both have
     assert stats.accepted_by_depth[0] > 20  # else nothing was put to the test
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastrl.rollout.accept import Acceptance
 from fastrl.rollout.engine import StrategySelector
 from fastrl.rollout.sampling import position_uniforms, sample_inverse_cdf
-from fastrl.rollout.step_statistics import StatisticsRecorder
+from fastrl.rollout.step_statistics import PREFILL, StatisticsRecorder
 from fastrl.rollout.torch_engine.cache_views import CausalView, TreeView
 from fastrl.rollout.torch_engine.drafting import Drafting
 from fastrl.rollout.torch_engine.kv_cache import KVCache
@@ -122,6 +122,7 @@ class Generation:
         """Start waiting requests in free rows; each prompt is read once for all its samples."""
         started = perf_counter()
         while queue and (num_free := self._rows.num_rows - len(self._rows)):
+            self.statistics.enter(PREFILL)
             batch = [queue.popleft() for _ in range(min(num_free, len(queue)))]
             self._read_prompts(batch, queue)
             states = [self._groups[id(request.prompt)].state for request in batch]
@@ -188,6 +189,7 @@ class Generation:
         strategy = self._selector.select(len(rows), context_tokens, referenced_rows)
         self._check_strategy(strategy)
         places = tuple(len(request.tokens) for request in rows.requests)
+        self.statistics.enter(str(strategy))
         started = perf_counter()
         tree = self._draft(strategy)
         emitted = self._verify(tree)

@@ -1,13 +1,15 @@
 """The embedded engine's behaviour: batching, ends of responses, weights, statistics, errors."""
 
 import dataclasses
+import itertools
 import shutil
+import time
 
 import pytest
 import torch
 from transformers import GPT2Config, GptOssConfig, GptOssForCausalLM
 
-from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy
+from fastrl.rollout.bandit import EpsilonGreedy, FixedStrategy, InTurns
 from fastrl.rollout.torch_engine import TorchEngine
 from fastrl.rollout.torch_engine.served_linear import ServedLinear
 from fastrl.types import FinishReason, Prompt, SamplingParams
@@ -190,6 +192,25 @@ def test_sleeping_frees_the_caches_and_changes_nothing(engine):
     assert engine._started().cache.num_bytes == 0
     engine.wake()
     assert [r.tokens for r in engine.generate(make_prompts(2), LONG)] == [r.tokens for r in before]
+
+
+def test_spans_tell_what_followed_what(engine):
+    """Eight prompts in six rows: prefills come between; runs of a strategy are one span."""
+    engine.strategy_selector = InTurns(["off", "off", "3_3_10"])
+    before = time.perf_counter()
+    engine.generate(make_prompts(8), SamplingParams(max_tokens=20, ignore_eos=True))
+    after, stats = time.perf_counter(), engine.stats()
+    names = [span.name for span in stats.spans]
+    assert names[:4] == ["prefill", "off", "3_3_10", "off"]
+    assert names.count("prefill") > 1
+    assert all(first != second for first, second in itertools.pairwise(names))
+    for first, second in itertools.pairwise(stats.spans):
+        assert first.end_s == pytest.approx(second.start_s, abs=1e-6)
+    assert before <= stats.spans[0].start_s
+    assert stats.spans[-1].end_s <= after + 1e-6
+    assert sum(span.seconds for span in stats.spans) > 0.5 * stats.seconds
+    prefill_s = sum(span.seconds for span in stats.spans if span.name == "prefill")
+    assert prefill_s > 0.5 * stats.prefill_seconds
 
 
 def test_idle_time_is_handed_over_while_others_generate(engine):
