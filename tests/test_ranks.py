@@ -79,7 +79,7 @@ def fit(folder: str, *options: str, num_steps: int = NUM_STEPS) -> dict[str, Any
     class RecordingCLI(FastRLCLI):
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.insert(0, recorder)
+            trainer.callbacks.append(recorder)
             return trainer
 
     cli = RecordingCLI(
@@ -159,3 +159,66 @@ def test_a_run_on_two_ranks_is_that_of_one(
 
 def is_of_all_ranks(name: str) -> bool:
     return name.startswith(("policy/", "reward/")) or name == "step"
+
+
+def resumed(
+    folder: Path, before: tuple[str, int], after: tuple[str, int], *options: str
+) -> list[dict[str, Any]]:
+    """The ranks of a run that took all steps but the last under one strategy, and that under
+    another."""
+    for (strategy, num_ranks), num_steps, more in (
+        (before, NUM_STEPS - 1, ()),
+        (after, NUM_STEPS, ("--ckpt_path=last",)),
+    ):
+        ranks = run_ranks(
+            fit_on_ranks if strategy else fit_alone,
+            folder / f"ranks{num_steps}",
+            str(folder),
+            strategy,
+            *(f"--data.init_args.num_steps={num_steps}",),
+            *(f"--trainer.val_check_interval={num_steps}", *options, *more),
+            num_ranks=num_ranks,
+        )
+    return ranks
+
+
+def fit_alone(folder: str, strategy: str, *options: str) -> dict[str, Any]:
+    return fit(folder, *options)
+
+
+@pytest.mark.parametrize("strategy", [SHARDED, WHOLE])
+def test_a_resumed_run_on_two_ranks_is_one_that_was_not_stopped(
+    tmp_path: Path, strategy: str
+) -> None:
+    expected = run_ranks(fit_on_ranks, tmp_path / "ranks", str(tmp_path / "whole"), strategy)
+    again = resumed(tmp_path / "stopped", (strategy, 2), (strategy, 2))
+    for rank, wanted in zip(again, expected, strict=True):
+        assert rank["rl_step"] == NUM_STEPS
+        assert rank["steps"] == wanted["steps"][-1:]
+        own = {name: value for name, value in wanted["logged"][-1].items() if is_of_all_ranks(name)}
+        assert {name: rank["logged"][-1][name] for name in own} == own
+        for name, tensor in wanted["weights"].items():
+            assert torch.equal(rank["weights"][name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((SHARDED, 2), (SHARDED, 1)),
+        ((SHARDED, 1), (SHARDED, 2)),
+        ((SHARDED, 2), ("", 1)),
+        (("", 1), (SHARDED, 2)),
+        ((WHOLE, 2), (SHARDED, 2)),
+    ],
+    ids=lambda one: f"{one[0] or 'alone'} {one[1]}",
+)
+def test_a_checkpoint_goes_on_under_other_ranks(
+    tmp_path: Path, before: tuple[str, int], after: tuple[str, int], alone: dict[str, Any]
+) -> None:
+    ranks = resumed(tmp_path, before, after)
+    together: dict[Any, Any] = {}
+    for rank in ranks:
+        together |= rank["steps"][0]
+        assert rank["rl_step"] == NUM_STEPS
+        assert_the_same_policy(rank, alone)
+    assert together == alone["steps"][-1]
