@@ -1,8 +1,8 @@
 """Whole runs on two real processes, from YAML: what they sample, train, publish, log and resume is
 what one process does.
 
-A token is a function of seed, RL step, prompt, sample and position: the two ranks' rollouts together
-are those of one. Models and task are the quickstart's.
+A token is a function of seed, RL step, prompt, sample and position: the two ranks' rollouts
+together are those of one. Models and task are the quickstart's.
 """
 
 from __future__ import annotations

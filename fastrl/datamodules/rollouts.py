@@ -38,9 +38,9 @@ from fastrl.types import PolicySource, Prompt, RolloutBatch, SamplingParams
 class RolloutDataModule(pl.LightningDataModule):
     """Samples responses from the current policy and scores them.
 
-    Over data-parallel ranks each step's prompts are dealt out one by one; which prompts a step takes
-    does not depend on the number of ranks, nor which a mini-batch takes (if it has a multiple of
-    that number).
+    Over data-parallel ranks each step's prompts are dealt out one by one; which prompts a step
+    takes does not depend on the number of ranks, nor which a mini-batch takes (if their number is a
+    multiple of it).
 
     Args:
         model_path: The policy's `model_path`, for its tokenizer and the engine.

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -57,6 +58,7 @@ from fastrl.modules.sharding import (
     check_is_sharded,
     check_strategy,
     gradients_stay_here,
+    is_offloaded,
     is_sharded,
 )
 from fastrl.modules.sharding_settings import ShardingSettings
@@ -178,19 +180,32 @@ class PolicyModule(LightningModule, ABC):
                 load_policy(self.model_path, mesh, self.sharding, precision, is_frozen=True),
             )
         self._is_configured = True
+        if mesh is not None:
+            self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        """Refuse another run's checkpoint: ModelParallelStrategy loads weights before it asks."""
+        path = self.trainer.ckpt_path
+        if path is not None and Path(path).is_file():
+            checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+            self._check_header(checkpoint)
+
+    def _check_header(self, checkpoint: Mapping[str, Any]) -> None:
+        is_resume = self.trainer.state.fn == TrainerFn.FITTING
+        checkpoint_header.check_header(
+            checkpoint, type(self), self.policy.config, is_resume=is_resume
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move what is not offloaded: Lightning would take the policy's shards to the GPU."""
-        policy = self._modules.pop("policy") if self._is_offloaded else None
+        """Move what is not offloaded: Lightning would take offloaded shards to the GPU."""
+        modules = dict(self._modules)
+        for name, module in modules.items():
+            if module is not None and is_offloaded(module):
+                del self._modules[name]
         try:
             return super().to(*args, **kwargs)
         finally:
-            if policy is not None:
-                self._modules["policy"] = policy
-
-    @property
-    def _is_offloaded(self) -> bool:
-        return self._is_configured and self.sharding.cpu_offload
+            self._modules.update(modules)
 
     def on_fit_start(self) -> None:
         """Check how weights are sharded and rounded; bring the reference to the policy's device."""
@@ -484,9 +499,6 @@ class PolicyModule(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another run's checkpoint, before its weights are loaded; restore the counters."""
-        is_resume = self.trainer.state.fn == TrainerFn.FITTING
-        checkpoint_header.check_header(
-            checkpoint, type(self), self.policy.config, is_resume=is_resume
-        )
+        self._check_header(checkpoint)
         self.rl_step = checkpoint["rl_step"]
         self.policy_version = checkpoint["policy_version"]

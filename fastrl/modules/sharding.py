@@ -68,6 +68,12 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether its shards are in the host's memory, and computed with elsewhere."""
+    shards = (one for one in model.parameters() if isinstance(one, DTensor))
+    return any(one.to_local().device.type != one.device_mesh.device_type for one in shards)
+
+
 def gradients_stay_here(strategy: Strategy) -> AbstractContextManager[None]:
     """A context of backwards that are not an update's last.
 
