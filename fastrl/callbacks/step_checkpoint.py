@@ -5,6 +5,8 @@ validations. Only whole RL steps are saved, all callbacks' work on them included
 weights: after a failure within a step, or on numbers that are not finite, the last checkpoint
 stands. Stopped by Ctrl-C or SIGTERM, a run saves the RL step it was in or before.
 
+Of a policy that is sharded, rank 0 writes one whole file, and any number of ranks goes on from it.
+
 Leaves out how bytes get to the disk (fastrl/checkpoint_io.py) and the state itself, which is its
 owners'. FastRLCLI adds this callback where no other `Checkpoint` is configured.
 """
@@ -17,11 +19,14 @@ from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.tensor import DTensor
 
 from fastrl.callbacks.stop_signals import StopSignals
 from fastrl.callbacks.tensorboard import write_summary
+from fastrl.checkpoint_io import check_intact
 from fastrl.types import PolicySource, RolloutBatch
 
 FOLDER = "checkpoints"
@@ -78,12 +83,14 @@ class StepCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / FOLDER
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            _check_sharded_checkpoints(trainer, trainer.strategy)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._signals.install()
+        self._install_signals(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._signals.install()
+        self._install_signals(trainer)
         self._is_training = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._finished_step = cast(PolicySource, pl_module).rl_step
         self._saved = (self._finished_step, True)  # what a run starts from needs no saving
@@ -147,7 +154,7 @@ class StepCheckpoint(Checkpoint):
         """Save the RL step that is finished, unless its policy is gone."""
         if not self._is_training:
             return
-        if reason := self._reason_not_to_save(cast(PolicySource, pl_module), exception):
+        if reason := self._reason_not_to_save(trainer, cast(PolicySource, pl_module), exception):
             rank_zero_warn(f"no checkpoint is written, what was saved before stands: {reason}")
         elif self._saved != (self._finished_step, self._is_validated):
             self._save(trainer, pl_module)
@@ -202,12 +209,18 @@ class StepCheckpoint(Checkpoint):
         for counts in fit_loop["epoch_progress"].values():
             counts.update(processed=counts["ready"] - 1, completed=counts["ready"] - 1)
 
+    def _install_signals(self, trainer: Trainer) -> None:
+        def on_any_rank(flag: bool) -> bool:
+            return bool(trainer.strategy.reduce_boolean_decision(flag, all=False))
+
+        self._signals.install(None if trainer.world_size == 1 else on_any_rank)
+
     # Saving
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_training:
             return
-        if culprit := _non_finite_weight(cast(PolicySource, pl_module)):
+        if culprit := _non_finite_weight(trainer, cast(PolicySource, pl_module)):
             raise FloatingPointError(
                 f"RL step {self._finished_step} left weights that are not finite, first "
                 f"{culprit}; lower model.optimizer.lr, and resume with --ckpt_path last"
@@ -217,13 +230,17 @@ class StepCheckpoint(Checkpoint):
         trainer.save_checkpoint(self._folder / LAST)
         self._saved = (self._finished_step, self._is_validated)
 
-    def _reason_not_to_save(self, source: PolicySource, exception: BaseException) -> str | None:
+    def _reason_not_to_save(
+        self, trainer: Trainer, source: PolicySource, exception: BaseException
+    ) -> str | None:
         name = type(exception).__name__
+        if trainer.world_size > 1 and not self._signals.is_stopped_on_all_ranks:
+            return f"{name} on one of {trainer.world_size} ranks, and a checkpoint takes them all"
         if source.is_updating or source.rl_step != self._finished_step:
             return f"{name} within the update of RL step {self._finished_step}"
         if isinstance(exception, FloatingPointError):
             return f"after RL step {self._finished_step} numbers were not finite"
-        if culprit := _non_finite_weight(source):
+        if culprit := _non_finite_weight(trainer, source):
             return f"{culprit} is not finite after RL step {self._finished_step}"
         return None
 
@@ -254,7 +271,34 @@ def _finished(progress: dict[str, Any]) -> int:
     return int(progress["current"]["processed"])
 
 
-def _non_finite_weight(source: PolicySource) -> str | None:
-    """Name of the first weight that is not finite."""
-    tensors = source.policy_tensors()
-    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+def _non_finite_weight(trainer: Trainer, source: PolicySource) -> str | None:
+    """Name of the first weight that is not finite, the same answer on all ranks or another name."""
+    parts = (
+        (name, tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+        for name, tensor in source.policy_tensors()
+    )
+    own = next((name for name, part in parts if not part.isfinite().all()), None)
+    if trainer.strategy.reduce_boolean_decision(own is None):
+        return None
+    return own or "one of another rank's shards"
+
+
+def _check_sharded_checkpoints(trainer: Trainer, strategy: ModelParallelStrategy) -> None:
+    """Raise ValueError on all ranks for a kind of checkpoint that is not written, or a damaged one
+    that is to be read (under this strategy Lightning does not ask our CheckpointIO for it)."""
+    if strategy._save_distributed_checkpoint and trainer.state.fn == TrainerFn.FITTING:
+        raise ValueError(
+            "trainer.strategy ModelParallelStrategy would write checkpoints as folders, a file a "
+            "rank, which are neither replaced as a whole nor checked; set "
+            "save_distributed_checkpoint to false in its init_args"
+        )
+    if trainer.ckpt_path is None:
+        return
+    refusal = None
+    if trainer.is_global_zero:
+        try:
+            check_intact(Path(trainer.ckpt_path))
+        except (ValueError, FileNotFoundError) as error:
+            refusal = str(error)
+    if refusal := strategy.broadcast(refusal):
+        raise ValueError(refusal)

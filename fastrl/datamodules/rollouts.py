@@ -41,8 +41,9 @@ _SHORTEST_PHASE_S = 1e-5
 class RolloutDataModule(pl.LightningDataModule):
     """Samples responses from the current policy and scores them.
 
-    Over data-parallel ranks each step's prompts are split evenly; which prompts a step takes does
-    not depend on the number of ranks.
+    Over data-parallel ranks each step's prompts are dealt out one by one; which prompts a step
+    takes does not depend on the number of ranks, nor which a mini-batch takes (if their number is a
+    multiple of it).
 
     Args:
         model_path: The policy's `model_path`, for its tokenizer and the engine.
@@ -155,7 +156,8 @@ class RolloutDataModule(pl.LightningDataModule):
         return (replicas["rank"], replicas["num_replicas"]) if replicas else (0, 1)
 
     def _step_prompts(self, rl_step: int) -> list[Prompt]:
-        """This rank's share of an RL step's prompts."""
+        """This rank's share of an RL step's prompts: every so many-th, so that the ranks' k-th
+        mini-batches are together what one process makes its k-th of."""
         rank, world_size = self._rank_and_world_size()
         if self.prompts_per_step % world_size:
             raise ValueError(
@@ -165,8 +167,7 @@ class RolloutDataModule(pl.LightningDataModule):
         order = PromptOrder(len(self._train_prompts), self.seed)
         indices, position = order.take(self._cursor.at(rl_step), self.prompts_per_step)
         self._cursor.taken(rl_step, position)
-        mine = even_slices(self.prompts_per_step, world_size)[rank]
-        return [self._train_prompts[index] for index in indices[mine]]
+        return [self._train_prompts[index] for index in indices[rank::world_size]]
 
     def _held_out_batches(self) -> list[list[Prompt]]:
         """This rank's held-out prompts, in as many batches on every rank, each about a step's

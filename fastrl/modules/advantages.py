@@ -51,10 +51,14 @@ def leave_one_out_advantages(rewards_B: Tensor, group_B: Tensor) -> Tensor:
     return (rewards_B - others_B / (sizes_G[group_B] - 1)).float()
 
 
-def batch_mean_advantages(rewards_B: Tensor) -> Tensor:
-    """Reward minus the mean reward over all B rows of the batch, [B] float32."""
-    rewards_B = rewards_B.double()
-    return (rewards_B - rewards_B.mean()).float()
+def batch_mean_advantages(rewards_B: Tensor, rewards_of_batch: Tensor) -> Tensor:
+    """Reward minus the mean reward of the batch, [B] float32.
+
+    Args:
+        rewards_B: [B] float, of this rank's rows.
+        rewards_of_batch: those of all ranks' rows, in any order.
+    """
+    return (rewards_B.double() - rewards_of_batch.double().mean()).float()
 
 
 def _group_sum(values_B: Tensor, group_B: Tensor) -> Tensor:

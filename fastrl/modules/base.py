@@ -3,7 +3,8 @@
 An algorithm is a subclass that says what its advantages are and what a token's loss is (grpo.py,
 reinforce.py; docs/new_algorithm.md). Here is what they share: loading, mini-batches and epochs,
 token-budgeted micro-batches, KL to a reference and entropy, manual optimization, logging,
-validation. Leaves out critics, and how weights are sharded. Shape legend: fastrl/types.py.
+validation. Over several ranks all of it, losses and what is logged, is of the rows of all. Leaves
+out critics, and how weights are sharded (sharded_loading.py). Shape legend: fastrl/types.py.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -26,13 +28,15 @@ from transformers import PreTrainedModel
 
 from fastrl.model_files import resolve_model
 from fastrl.modules import checkpoint_header
-from fastrl.modules.loading import check_model_folder, load_causal_lm
-from fastrl.modules.logprobs import response_logprobs
+from fastrl.modules.loading import check_model_folder
 from fastrl.modules.micro_batches import (
     MiniBatch,
+    MiniBatchSize,
     TrainingRows,
     check_trainable,
     common_numbers,
+    mini_batch_sizes,
+    sizes_over_ranks,
     split_further,
     split_micro_batches,
     split_mini_batches,
@@ -41,9 +45,24 @@ from fastrl.modules.micro_batches import (
 from fastrl.modules.objectives import Aggregation, KLEstimator, LossInputs, kl_estimate
 from fastrl.modules.optimization import OptimizerSettings, clip_gradients, count_rl_steps
 from fastrl.modules.pass_at_k import mean_pass_at_k
-from fastrl.modules.sharding import as_forward, on_all_ranks
+from fastrl.modules.policy_forward import policy_forward
+from fastrl.modules.ranks import (
+    holds_on_all_ranks,
+    num_ranks,
+    on_all_ranks,
+    over_ranks,
+    rows_of_all_ranks,
+)
+from fastrl.modules.sharded_loading import data_parallel_mesh, load_policy
+from fastrl.modules.sharding import (
+    check_is_sharded,
+    check_strategy,
+    gradients_stay_here,
+    is_offloaded,
+    is_sharded,
+)
+from fastrl.modules.sharding_settings import ShardingSettings
 from fastrl.modules.update_metrics import UpdateMetrics
-from fastrl.rollout.drafters.states import inputs_of_layers
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures, Span
 
 PASS_REWARD = 1 - 1e-6
@@ -78,6 +97,8 @@ class PolicyModule(LightningModule, ABC):
         kl_estimator: Of that KL: k3 is unbiased and never negative, k2 has an unbiased gradient,
             k1 is unbiased and takes k2's gradient.
         entropy_coef: Weight of the entropy bonus in the loss.
+        sharding: How the policy is spread over the ranks of ModelParallelStrategy (FSDP2), and what
+            is recomputed in its backward.
     """
 
     policy: PreTrainedModel
@@ -101,6 +122,7 @@ class PolicyModule(LightningModule, ABC):
         kl_coef: float = 0.0,
         kl_estimator: KLEstimator = "k3",
         entropy_coef: float = 0.0,
+        sharding: ShardingSettings = ShardingSettings(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.model_path = resolve_model(model_path)
@@ -122,6 +144,7 @@ class PolicyModule(LightningModule, ABC):
         self.kl_coef = kl_coef
         self.kl_estimator: KLEstimator = kl_estimator
         self.entropy_coef = entropy_coef
+        self.sharding = sharding
 
         self.automatic_optimization = False
         self.rl_step = 0
@@ -147,23 +170,49 @@ class PolicyModule(LightningModule, ABC):
     # ---- model -----------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the policy and, where KL wants one, the reference."""
+        """Load the policy and, where KL wants one, the reference; this rank's shards of them, under
+        ModelParallelStrategy."""
         if self._is_configured:
             return
-        self.policy = load_causal_lm(self.model_path).train()
+        mesh = data_parallel_mesh(self.device_mesh)
+        precision = None if mesh is None else str(self.trainer.precision)
+        self.policy = load_policy(self.model_path, mesh, self.sharding, precision)
         if self.kl_coef > 0:
-            self._reference = (load_causal_lm(self.model_path).requires_grad_(False),)
+            self._reference = (
+                load_policy(self.model_path, mesh, self.sharding, precision, is_frozen=True),
+            )
         self._is_configured = True
+        if mesh is not None:
+            self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        """Refuse another run's checkpoint: ModelParallelStrategy loads weights before it asks."""
+        path = self.trainer.ckpt_path
+        if path is not None and Path(path).is_file():
+            checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+            self._check_header(checkpoint)
+
+    def _check_header(self, checkpoint: Mapping[str, Any]) -> None:
+        is_resume = self.trainer.state.fn == TrainerFn.FITTING
+        checkpoint_header.check_header(
+            checkpoint, type(self), self.policy.config, is_resume=is_resume
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move what is not offloaded: Lightning would take offloaded shards to the GPU."""
+        modules = dict(self._modules)
+        for name, module in modules.items():
+            if module is not None and is_offloaded(module):
+                del self._modules[name]
+        try:
+            return super().to(*args, **kwargs)
+        finally:
+            self._modules.update(modules)
 
     def on_fit_start(self) -> None:
         """Check how weights are sharded and rounded; bring the reference to the policy's device."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError(
-                "trainer.strategy FSDPStrategy (FSDP1) flattens the weights, which are whole only "
-                "all at once (summon_full_params): an engine could not be given them bucket by "
-                "bucket. Use lightning.pytorch.strategies.ModelParallelStrategy, and shard with "
-                "fully_shard (FSDP2) in configure_model"
-            )
+        check_strategy(self.trainer.strategy)
+        check_is_sharded(self.trainer.strategy, self.policy)
         rounded = [n for n, p in self.policy.named_parameters() if p.dtype != torch.float32]
         if rounded:
             raise ValueError(
@@ -176,7 +225,8 @@ class PolicyModule(LightningModule, ABC):
                 "scaled; use bf16-mixed or 32-true"
             )
         for reference in self._reference:
-            cast(nn.Module, reference).to(self.device)
+            if not is_sharded(reference):
+                cast(nn.Module, reference).to(self.device)
 
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Named weights, the live parameters, sharded ones as they are (the engine gathers them);
@@ -218,9 +268,9 @@ class PolicyModule(LightningModule, ABC):
         """One RL step: every epoch and mini-batch of a rollout batch."""
         started_s = time.perf_counter()
         lengths = batch.attention_mask_BT.sum(1).tolist()
-        mini_batches = self._split(batch, lengths)
+        mini_batches, sizes = self._split(batch, lengths)
         self._features = {}
-        rows = self._prepare(batch, lengths, mini_batches)
+        rows = self._prepare(batch, lengths, mini_batches, sizes)
         metrics = UpdateMetrics()
         self.is_updating = True
         for epoch in range(self.num_epochs):
@@ -237,33 +287,47 @@ class PolicyModule(LightningModule, ABC):
         self._spans = (Span(name="update", start_s=started_s, seconds=seconds),)
         self._log_step(batch, values, seconds)
 
-    def _split(self, batch: RolloutBatch, lengths: Sequence[int]) -> list[MiniBatch]:
-        """Of a sharded policy all ranks get as many micro-batches, or the same error."""
+    def _split(
+        self, batch: RolloutBatch, lengths: Sequence[int]
+    ) -> tuple[list[MiniBatch], list[MiniBatchSize]]:
+        """This rank's mini-batches, and the sizes that they have with those of the other ranks.
 
-        def own_split() -> list[MiniBatch]:
+        All ranks get the same error. Of a sharded policy they get as many micro-batches.
+        """
+
+        def own_split() -> tuple[list[MiniBatch], list[MiniBatchSize]]:
             check_trainable(batch, self.policy_version)
-            return [
+            mini_batches = [
                 split_micro_batches(rows, lengths, self.micro_batch_tokens)
                 for rows in split_mini_batches(len(batch), self.num_mini_batches)
             ]
+            return mini_batches, mini_batch_sizes(batch.response_mask_BT, mini_batches)
 
-        own, of_ranks = on_all_ranks(self.policy, own_split)
+        (own, _), of_ranks = on_all_ranks(own_split)
+        sizes = sizes_over_ranks([sizes for _, sizes in of_ranks])
+        if not is_sharded(self.policy):
+            return own, sizes
+        numbers = common_numbers([mini_batches for mini_batches, _ in of_ranks])
         return [
             split_further(micro_batches, number)
-            for micro_batches, number in zip(own, common_numbers(of_ranks), strict=True)
-        ]
+            for micro_batches, number in zip(own, numbers, strict=True)
+        ], sizes
 
     def _prepare(
-        self, batch: RolloutBatch, lengths: Sequence[int], mini_batches: Sequence[MiniBatch]
+        self,
+        batch: RolloutBatch,
+        lengths: Sequence[int],
+        mini_batches: Sequence[MiniBatch],
+        sizes: Sequence[MiniBatchSize],
     ) -> TrainingRows:
         """Everything about the batch that the updates will not change."""
         advantages = self.advantages(batch)
-        if not advantages.isfinite().all():
+        if not holds_on_all_ranks(advantages.isfinite().all()):
             raise FloatingPointError(
                 f"RL step {self.rl_step}: advantages are not finite; rewards range from "
                 f"{batch.rewards_B.min():g} to {batch.rewards_B.max():g}. Check the reward function"
             )
-        rows = training_rows(batch, lengths, mini_batches, advantages, self.aggregation)
+        rows = training_rows(batch, lengths, mini_batches, sizes, advantages, self.aggregation)
         micro_batches = [micro for mini_batch in mini_batches for micro in mini_batch]
         old = reference = None
         if self.updates_per_step > 1:
@@ -286,7 +350,7 @@ class PolicyModule(LightningModule, ABC):
         logprobs_BT = torch.zeros_like(rows.weights_BT)
         for members in micro_batches:
             micro = rows.take(members)
-            logprobs, _, _ = _forward(model, micro, sampling)
+            logprobs, _, _ = policy_forward(model, micro, sampling)
             logprobs_BT[members, : logprobs.shape[1]] = logprobs
         return logprobs_BT
 
@@ -303,10 +367,10 @@ class PolicyModule(LightningModule, ABC):
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.zero_grad()
         total_loss = torch.zeros((), device=rows.weights_BT.device)
-        for members in mini_batch:
+        for place, members in enumerate(mini_batch, start=1):
             micro = rows.take(members)
             keeps_features = self.collect_features and is_first_epoch
-            logprobs_BT, entropy_BT, states_BTS = _forward(
+            logprobs_BT, entropy_BT, states_BTS = policy_forward(
                 self.policy,
                 micro,
                 sampling,
@@ -314,7 +378,7 @@ class PolicyModule(LightningModule, ABC):
                 read_layers=self.feature_layers if keeps_features else (),
             )
             loss = self._micro_loss(micro, logprobs_BT, entropy_BT, metrics)
-            self.manual_backward(loss)
+            self._backward(loss, is_last=place == len(mini_batch))
             total_loss += loss.detach()
             if keeps_features:
                 self._store_features(members, micro, states_BTS.detach())
@@ -325,8 +389,14 @@ class PolicyModule(LightningModule, ABC):
             rl_step=self.rl_step,
         )
         optimizer.step()
-        metrics.add_update("loss", total_loss)
-        metrics.add_update("grad_norm", grad_norm)
+        metrics.add_update("loss", over_ranks(total_loss, "sum"))
+        metrics.add_update("grad_norm", grad_norm.to(total_loss.device))
+
+    def _backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Gradients of the sum of all ranks' losses, of which DDP and FSDP2 take the mean."""
+        strategy = self.trainer.strategy
+        with nullcontext() if is_last else gradients_stay_here(strategy):
+            self.manual_backward(loss * num_ranks())
 
     def _micro_loss(
         self,
@@ -335,7 +405,7 @@ class PolicyModule(LightningModule, ABC):
         entropy_BT: Tensor,
         metrics: UpdateMetrics,
     ) -> Tensor:
-        """This micro-batch's share of the mini-batch's loss; scalar."""
+        """This micro-batch's share of the loss of the mini-batch of all ranks; scalar."""
         current_BT = logprobs_BT.detach()
         old_BT = current_BT if micro.old_logprobs_BT is None else micro.old_logprobs_BT
         loss_BT, values = self.loss(
@@ -375,7 +445,7 @@ class PolicyModule(LightningModule, ABC):
     def _log_step(
         self, batch: RolloutBatch, values: Mapping[str, float | Tensor], seconds: float
     ) -> None:
-        rewards_B = batch.rewards_B.float()
+        rewards_B = rows_of_all_ranks(batch.rewards_B.float())
         self.log_dict(
             {
                 "step": float(self.rl_step),
@@ -439,44 +509,6 @@ class PolicyModule(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another run's checkpoint, before its weights are loaded; restore the counters."""
-        is_resume = self.trainer.state.fn == TrainerFn.FITTING
-        checkpoint_header.check_header(
-            checkpoint, type(self), self.policy.config, is_resume=is_resume
-        )
+        self._check_header(checkpoint)
         self.rl_step = checkpoint["rl_step"]
         self.policy_version = checkpoint["policy_version"]
-
-
-def _forward(
-    model: PreTrainedModel,
-    micro: TrainingRows,
-    sampling: SamplingParams,
-    *,
-    has_entropy_gradient: bool = False,
-    read_layers: Sequence[int] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and entropies of response tokens, [B, T], and hidden states, [B, T, D],
-    side by side with the inputs of the layers that are read.
-
-    No attention mask: rows are padded on the right, where causal attention never looks.
-    """
-
-    def forward() -> tuple[Tensor, Tensor, Tensor]:
-        with inputs_of_layers(model.base_model, read_layers) as inputs:
-            output = model.base_model(input_ids=micro.tokens_BT, use_cache=False)
-        hidden_BTD = states_BTS = output.last_hidden_state
-        if read_layers:
-            parts = (hidden_BTD, *(inputs[layer] for layer in read_layers))
-            states_BTS = torch.cat([part.detach() for part in parts], dim=-1)
-        logprobs_BT, entropy_BT = response_logprobs(
-            hidden_BTD,
-            micro.tokens_BT,
-            micro.response_mask_BT,
-            model.get_output_embeddings(),  # type: ignore[no-untyped-call]
-            sampling,
-            vocab_size=model.config.vocab_size,
-            has_entropy_gradient=has_entropy_gradient,
-        )
-        return logprobs_BT, entropy_BT, states_BTS
-
-    return as_forward(model, forward)

@@ -6,7 +6,7 @@ Leaves out downloads: a model is a local folder.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -38,13 +38,9 @@ def load_causal_lm(model_path: str) -> PreTrainedModel:
         ValueError: weights missing from the checkpoint, or an architecture that rescales its
             logits.
     """
-    check_model_folder(model_path)
-    config = AutoConfig.from_pretrained(model_path, local_files_only=True)
-    _check_plain_head(config, model_path)
-    _disable_dropout(config)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         model_path,
-        config=config,
+        config=_training_config(model_path),
         dtype=torch.float32,
         attn_implementation="sdpa",
         local_files_only=True,
@@ -57,6 +53,24 @@ def load_causal_lm(model_path: str) -> PreTrainedModel:
             f"{missing[0]!r}; they would be random. Does config.json belong to these weights?"
         )
     return model  # type: ignore[no-any-return]
+
+
+def empty_causal_lm(model_path: str) -> PreTrainedModel:
+    """The same model without its weights, which are on no device (meta)."""
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(
+            _training_config(model_path), dtype=torch.float32, attn_implementation="sdpa"
+        )
+    return cast(PreTrainedModel, model.eval())
+
+
+def _training_config(model_path: str) -> PretrainedConfig:
+    check_model_folder(model_path)
+    config: PretrainedConfig = AutoConfig.from_pretrained(model_path, local_files_only=True)
+    _check_plain_head(config, model_path)
+    _disable_dropout(config)
+    return config
 
 
 def _disable_dropout(config: PretrainedConfig) -> None:

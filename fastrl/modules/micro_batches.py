@@ -21,6 +21,15 @@ MiniBatch = list[list[int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MiniBatchSize:
+    """What a mini-batch's loss is divided by."""
+
+    num_rows: int
+    num_tokens: int
+    """Of its responses."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRows:
     """What the update needs of each row; tensors are [B, T], right-padded, about the token at t."""
 
@@ -60,6 +69,7 @@ def training_rows(
     batch: RolloutBatch,
     lengths: Sequence[int],
     mini_batches: Sequence[MiniBatch],
+    sizes: Sequence[MiniBatchSize],
     advantages: Tensor,
     aggregation: Aggregation,
 ) -> TrainingRows:
@@ -69,6 +79,7 @@ def training_rows(
         batch: B rollouts.
         lengths: tokens of each row.
         mini_batches: which rows make an optimizer step.
+        sizes: of the mini-batches over all ranks.
         advantages: of each row, [B], or of each token, [B, T].
         aggregation: of token losses.
     """
@@ -76,10 +87,14 @@ def training_rows(
     if advantages.ndim == 1:
         advantages = advantages.unsqueeze(1).expand_as(mask_BT)
     weights_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
-    for mini_batch in mini_batches:
-        members = [row for micro_batch in mini_batch for row in micro_batch]
+    for mini_batch, size in zip(mini_batches, sizes, strict=True):
+        members = _rows_of(mini_batch)
         weights_BT[members] = token_weights(
-            mask_BT[members], aggregation, max_tokens=batch.sampling.max_tokens
+            mask_BT[members],
+            aggregation,
+            num_rows=size.num_rows,
+            num_tokens=size.num_tokens,
+            max_tokens=batch.sampling.max_tokens,
         )
     return TrainingRows(
         tokens_BT=batch.tokens_BT,
@@ -89,6 +104,46 @@ def training_rows(
         advantages_BT=advantages,
         rollout_logprobs_BT=batch.rollout_logprobs_BT,
     )
+
+
+def mini_batch_sizes(
+    response_mask_BT: Tensor, mini_batches: Sequence[MiniBatch]
+) -> list[MiniBatchSize]:
+    """Of this rank's rows."""
+    num_tokens = response_mask_BT.sum(1).tolist()
+    return [
+        MiniBatchSize(num_rows=len(rows), num_tokens=sum(num_tokens[row] for row in rows))
+        for rows in map(_rows_of, mini_batches)
+    ]
+
+
+def sizes_over_ranks(of_ranks: Sequence[Sequence[MiniBatchSize]]) -> list[MiniBatchSize]:
+    """Of the mini-batches that the ranks' own make together.
+
+    Raises:
+        ValueError: the ranks have other numbers of them; whichever rank asks.
+    """
+    _check_alike(of_ranks)
+    return [
+        MiniBatchSize(
+            num_rows=sum(one.num_rows for one in sizes),
+            num_tokens=sum(one.num_tokens for one in sizes),
+        )
+        for sizes in zip(*of_ranks, strict=True)
+    ]
+
+
+def _check_alike(of_ranks: Sequence[Sequence[object]]) -> None:
+    if len(set(map(len, of_ranks))) > 1:
+        raise ValueError(
+            f"ranks that train one policy must take as many optimizer steps, but split their "
+            f"rollout batches into {[len(one) for one in of_ranks]} mini-batches (by rank); give "
+            f"all ranks the same model.num_mini_batches"
+        )
+
+
+def _rows_of(mini_batch: MiniBatch) -> list[int]:
+    return [row for micro_batch in mini_batch for row in micro_batch]
 
 
 def split_mini_batches(num_rows: int, num_mini_batches: int) -> list[range]:
@@ -136,12 +191,7 @@ def common_numbers(of_ranks: Sequence[Sequence[MiniBatch]]) -> list[int]:
     Raises:
         ValueError: a rank has too few rows for them, or other mini-batches; whichever rank asks.
     """
-    if len(set(map(len, of_ranks))) > 1:
-        raise ValueError(
-            f"ranks that share a policy must take as many optimizer steps, but split their rollout "
-            f"batches into {[len(one) for one in of_ranks]} mini-batches (by rank); give all ranks "
-            f"the same model.num_mini_batches"
-        )
+    _check_alike(of_ranks)
     numbers = []
     for place, mini_batches in enumerate(zip(*of_ranks, strict=True)):
         number = max(map(len, mini_batches))

@@ -1,9 +1,9 @@
 """Policy-gradient objectives by token, and the weights that turn them into one loss.
 
 Pure functions in float32. A loss is `(weights_BT * loss_BT).sum()`: the weights carry the
-denominator, which is of the optimizer's whole mini-batch, so that splitting it into micro-batches
-changes nothing. Shape legend: fastrl/types.py. Log-probabilities are of the sampled tokens, at the
-tokens' positions.
+denominator, which is of the optimizer's whole mini-batch, so that splitting it into micro-batches,
+and over ranks, changes nothing. Log-probabilities are of the sampled tokens, at the tokens'
+positions. Shape legend: fastrl/types.py.
 
 Sources: PPO clipping (Schulman et al. 2017, arXiv 1707.06347, eq. 7), with separate bounds (DAPO,
 arXiv 2503.14476, eq. 10); KL estimators (Schulman 2020, http://joschu.net/blog/kl-approx.html);
@@ -90,23 +90,31 @@ def kl_estimate(
     return -log_ratio.detach() + (half_square - half_square.detach())
 
 
-def token_weights(response_mask_BT: Tensor, aggregation: Aggregation, *, max_tokens: int) -> Tensor:
-    """Weight of each token in the loss of the mini-batch made of these B rows, [B, T] float32.
+def token_weights(
+    response_mask_BT: Tensor,
+    aggregation: Aggregation,
+    *,
+    num_rows: int,
+    num_tokens: int,
+    max_tokens: int,
+) -> Tensor:
+    """Weight of each token in the loss of the mini-batch that these B rows are of, [B, T] float32.
 
-    - `token-mean`: 1 / (response tokens of the mini-batch).
-    - `sequence-mean`: 1 / (B * response tokens of the row): mean over a row's tokens, then over
-      rows.
-    - `constant`: 1 / (B * max_tokens), whatever the lengths (Dr.GRPO).
+    - `token-mean`: 1 / num_tokens.
+    - `sequence-mean`: 1 / (num_rows * response tokens of the row): mean over a row's tokens, then
+      over rows.
+    - `constant`: 1 / (num_rows * max_tokens), whatever the lengths (Dr.GRPO).
 
     Args:
         response_mask_BT: [B, T] bool.
         aggregation: one of the above.
+        num_rows: of the mini-batch, over all ranks.
+        num_tokens: its response tokens, over all ranks.
         max_tokens: longest response that sampling allows, the denominator of `constant`.
     """
     mask_BT = response_mask_BT.float()
     if aggregation == "token-mean":
-        return mask_BT / mask_BT.sum().clamp(min=1)
-    num_rows = mask_BT.shape[0]
+        return mask_BT / max(num_tokens, 1)
     if aggregation == "sequence-mean":
         return mask_BT / (num_rows * mask_BT.sum(1, keepdim=True).clamp(min=1))
     return mask_BT / (num_rows * max_tokens)

@@ -17,7 +17,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastrl.modules.sharding import holds_on_all_ranks, on_all_ranks, own_part, whole_value
+from fastrl.modules.ranks import holds_on_all_ranks, on_all_ranks, over_ranks
+from fastrl.modules.sharding import is_sharded, own_part
 
 
 # No slots: jsonargparse reads the fields of a default value from its __dict__.
@@ -114,14 +115,20 @@ def clip_gradients(
 ) -> Tensor:
     """Clip in place to a total L2 norm; return the norm before clipping.
 
+    Args:
+        module: whose gradients are averaged over ranks already; all ranks clip together.
+        max_grad_norm: the largest norm that is left.
+        loss: what this rank has added to the update's loss.
+        rl_step: for the message.
+
     Raises:
-        FloatingPointError: the loss or a gradient is not finite; weights are untouched then. Of a
-            sharded module it is raised on all ranks, and names the losses of all.
+        FloatingPointError: the loss or a gradient is not finite on some rank; raised on all ranks,
+            with the losses of all. Weights are untouched then.
     """
     parameters = [p for p in module.parameters() if p.grad is not None]
-    norm = whole_value(get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if not holds_on_all_ranks(module, torch.isfinite(norm + loss)):
-        _, losses = on_all_ranks(module, lambda: f"{loss.item():g}")
+    norm = _total_norm(module, [own_part(p.grad) for p in parameters if p.grad is not None])
+    if not holds_on_all_ranks(torch.isfinite(norm.to(loss.device) + loss)):
+        _, losses = on_all_ranks(lambda: f"{loss.item():g}")
         raise FloatingPointError(
             f"RL step {rl_step}: loss {', '.join(losses)}, gradient norm {norm.item():g}; "
             f"{_culprits(module)}. The weights are those before this update. Lower "
@@ -131,6 +138,12 @@ def clip_gradients(
     return norm
 
 
+def _total_norm(module: nn.Module, gradients: list[Tensor]) -> Tensor:
+    """Of whole gradients, from this rank's parts of them; scalar."""
+    norm = get_total_norm(gradients)
+    return over_ranks(norm.square(), "sum").sqrt() if is_sharded(module) else norm
+
+
 def _culprits(module: nn.Module) -> str:
     """Which parameters hold a non-finite weight, or else a non-finite gradient, on any rank."""
     named = list(module.named_parameters())
@@ -138,10 +151,10 @@ def _culprits(module: nn.Module) -> str:
         ("weights", [(name, p.detach()) for name, p in named]),
         ("gradients", [(name, p.grad) for name, p in named if p.grad is not None]),
     ):
+        are_finite = torch.stack([own_part(tensor).isfinite().all() for _, tensor in tensors])
+        are_finite = over_ranks(are_finite.float(), "min")
         names = [
-            name
-            for name, tensor in tensors
-            if not holds_on_all_ranks(module, own_part(tensor).isfinite().all())
+            name for (name, _), is_finite in zip(tensors, are_finite, strict=True) if not is_finite
         ]
         if names:
             return f"non-finite {what} in {len(names)} of {len(named)} parameters, first {names[0]}"

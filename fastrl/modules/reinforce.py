@@ -13,6 +13,7 @@ from torch import Tensor
 from fastrl.modules.advantages import batch_mean_advantages, leave_one_out_advantages
 from fastrl.modules.base import PolicyModule
 from fastrl.modules.objectives import LossInputs
+from fastrl.modules.ranks import rows_of_all_ranks
 from fastrl.types import RolloutBatch
 
 
@@ -22,8 +23,8 @@ class Reinforce(PolicyModule):
     Args:
         model_path: Hugging Face folder of the model to train (and of the KL reference); or a
             `.gguf` file, or `package:NAME` for the GGUF file in a Python package.
-        baseline: Mean reward of the batch (batch_mean), or of the group's other responses
-            (leave_one_out).
+        baseline: Mean reward of the batch, that of all ranks (batch_mean), or of the group's other
+            responses (leave_one_out).
         kwargs: What every algorithm takes; num_epochs and num_mini_batches must stay 1.
     """
 
@@ -46,7 +47,7 @@ class Reinforce(PolicyModule):
         """Rewards relative to the baseline; [B]."""
         if self.baseline == "leave_one_out":
             return leave_one_out_advantages(batch.rewards_B, batch.group_B)
-        return batch_mean_advantages(batch.rewards_B)
+        return batch_mean_advantages(batch.rewards_B, rows_of_all_ranks(batch.rewards_B))
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """-advantage * log-probability by token."""

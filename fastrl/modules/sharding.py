@@ -2,16 +2,24 @@
 
 FSDP2 gathers the weights that no layer of its own holds, embedding, norm and LM head, when the
 whole model's forward begins; and every forward is a collective, of which each rank must run as
-many, or raise what the others raise. Everything here leaves a policy that is not sharded as it is.
-Leaves out how it is sharded: that is said in `configure_model`.
+many. Everything here leaves a policy that is not sharded as it is. Leaves out how it is sharded
+(sharded_loading.py), and what ranks tell one another whether or not it is (ranks.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
-import torch.distributed as dist
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -19,6 +27,62 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 _METHOD = "_fastrl_forward"
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raise ValueError unless a policy can be trained under the trainer's strategy."""
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "trainer.strategy FSDPStrategy (FSDP1) flattens the weights, which are whole only all "
+            "at once (summon_full_params): an engine could not be given them bucket by bucket. Use "
+            "lightning.pytorch.strategies.ModelParallelStrategy, which shards by FSDP2"
+        )
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"trainer.strategy {type(strategy).__name__}: a policy is trained under ddp (it is "
+            f"whole on each GPU), lightning.pytorch.strategies.ModelParallelStrategy (it is "
+            f"sharded), or on one device"
+        )
+
+
+def check_is_sharded(strategy: Strategy, model: nn.Module) -> None:
+    """Raise ValueError where gradients of the model would not reach all ranks.
+
+    Args:
+        strategy: of the trainer.
+        model: the policy as `configure_model` left it.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    if not is_sharded(model) or whole:
+        raise ValueError(
+            f"trainer.strategy ModelParallelStrategy averages gradients of sharded weights alone, "
+            f"and {whole[0] if whole else 'the model'} is not sharded; apply fully_shard to "
+            f"layers and model in configure_model, leave that to PolicyModule's, or use ddp"
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each forward of the model is a collective."""
+    return isinstance(model, FSDPModule)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether its shards are in the host's memory, and computed with elsewhere."""
+    shards = (one for one in model.parameters() if isinstance(one, DTensor))
+    return any(one.to_local().device.type != one.device_mesh.device_type for one in shards)
+
+
+def gradients_stay_here(strategy: Strategy) -> AbstractContextManager[None]:
+    """A context of backwards that are not an update's last.
+
+    DDP averages over ranks what has gathered by the last one; so ranks may differ in the number of
+    backwards before it. FSDP2 averages in each, as whole gradients would not fit.
+    """
+    if isinstance(strategy, DDPStrategy):
+        return cast(AbstractContextManager[None], strategy.block_backward_sync())
+    return nullcontext()
 
 
 def as_forward(model: nn.Module, work: Callable[[], T]) -> T:
@@ -33,53 +97,16 @@ def as_forward(model: nn.Module, work: Callable[[], T]) -> T:
     if _METHOD not in vars(model):
         setattr(model, _METHOD, _called)
         register_fsdp_forward_method(model, _METHOD)
-    return cast(Callable[..., T], vars(model)[_METHOD])(work)
+    result = cast(Callable[..., T], vars(model)[_METHOD])(work)
+    if not torch.is_grad_enabled():  # no backward follows, which would give them back
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    return result
 
 
 def _called(work: Callable[[], Any]) -> Any:
     return work()
-
-
-def on_all_ranks(model: nn.Module, work: Callable[[], T]) -> tuple[T, list[T]]:
-    """Have every rank do `work`: its own result, and those of all ranks; this one's alone where the
-    model is not sharded.
-
-    What it raises on one rank, all ranks raise: the others would wait for that one in the next
-    forward. Results and errors must be ones that can be pickled.
-    """
-    if not isinstance(model, FSDPModule):
-        own = work()
-        return own, [own]
-    result, error = _tried(work)
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, (result, error))
-    if error is not None:
-        raise error
-    for rank, (_, other) in enumerate(of_ranks):
-        if other is not None:
-            other.add_note(f"on rank {rank}, which shares this rank's policy")
-            raise other
-    return cast(T, result), [one for one, _ in of_ranks]
-
-
-def _tried(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return work(), None
-    except Exception as error:
-        return None, error
-
-
-def holds_on_all_ranks(model: nn.Module, flag: Tensor) -> bool:
-    """Whether a boolean is true on all ranks, where the model is sharded; on this one otherwise."""
-    if isinstance(model, FSDPModule):
-        flag = flag.int()
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
-
-
-def whole_value(scalar: Tensor) -> Tensor:
-    """A sum over shards, a norm for instance, that all ranks know."""
-    return scalar.full_tensor() if isinstance(scalar, DTensor) else scalar
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Averages of an RL step's scalars over its micro-batches, mini-batches and epochs.
+"""Averages of an RL step's scalars over its micro-batches, mini-batches and epochs, and over ranks.
 
 Values stay on the device, unsynchronized, until `result`.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fastrl.modules.ranks import over_ranks
 
 
 class UpdateMetrics:
@@ -36,15 +39,31 @@ class UpdateMetrics:
         self._maxima[name] = value if known is None else torch.maximum(known, value)
 
     def add_update(self, name: str, value: Tensor) -> None:
-        """A scalar of an optimizer step: averaged over the optimizer steps."""
+        """A scalar of an optimizer step, the same on all ranks: averaged over optimizer steps."""
         self._updates[name].append(value.detach())
 
     def result(self) -> dict[str, float]:
-        """All values; the only transfer from the device."""
+        """All values, tokens and maxima being those of all ranks, which call it together; the only
+        transfer from the device."""
         tensors = {
-            **{name: total / self._num_tokens[name] for name, total in self._token_sums.items()},
-            **self._maxima,
+            **self._token_means(),
+            **_over_ranks(self._maxima, "max"),
             **{name: torch.stack(values).mean() for name, values in self._updates.items()},
         }
         numbers = torch.stack([tensor.float() for tensor in tensors.values()]).tolist()
         return dict(zip(tensors, numbers, strict=True))
+
+    def _token_means(self) -> dict[str, Tensor]:
+        sums = _over_ranks(self._token_sums, "sum")
+        numbers = _over_ranks(self._num_tokens, "sum")
+        return {name: total / numbers[name] for name, total in sums.items()}
+
+
+def _over_ranks(
+    scalars: Mapping[str, Tensor], operation: Literal["sum", "max"]
+) -> dict[str, Tensor]:
+    """The same of all ranks, in one exchange."""
+    if not scalars:
+        return {}
+    values = over_ranks(torch.stack(list(scalars.values())), operation)
+    return dict(zip(scalars, values, strict=True))

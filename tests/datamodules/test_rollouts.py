@@ -178,7 +178,8 @@ def test_the_prompts_of_a_step_do_not_depend_on_the_number_of_ranks(
     alone = steps_of(0, 1)
     ranks = [steps_of(rank, world_size) for rank in range(world_size)]
     assert all(len(ids) == 6 // world_size for steps in ranks for ids in steps)
-    assert [list(chain(*step)) for step in zip(*ranks, strict=True)] == alone
+    dealt = [zip(*step, strict=True) for step in zip(*ranks, strict=True)]
+    assert [list(chain(*rounds)) for rounds in dealt] == alone
 
 
 def test_prompts_per_step_must_divide_among_the_ranks(

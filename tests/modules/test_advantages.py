@@ -65,7 +65,9 @@ def test_leave_one_out_by_hand_and_in_proportion_to_the_centered_reward() -> Non
 
 
 def test_batch_mean_by_hand() -> None:
-    assert batch_mean_advantages(torch.tensor([0.0, 1.0, 5.0])).tolist() == [-2.0, -1.0, 3.0]
+    rewards = torch.tensor([0.0, 1.0, 5.0])
+    assert batch_mean_advantages(rewards, rewards).tolist() == [-2.0, -1.0, 3.0]
+    assert batch_mean_advantages(rewards[1:], rewards).tolist() == [-1.0, 3.0]
 
 
 @pytest.mark.parametrize("advantages", [group_normalized_advantages, leave_one_out_advantages])

@@ -106,5 +106,10 @@ def test_k3_is_never_negative() -> None:
 def test_aggregation_by_hand(aggregation: Aggregation, expected: float) -> None:
     mask_BT = torch.tensor([[False, True, True, True], [False, False, True, False]])
     loss_BT = torch.tensor([[99.0, 1.0, 2.0, 3.0], [99.0, 99.0, 10.0, 99.0]])
-    weights_BT = token_weights(mask_BT, aggregation, max_tokens=8)
+    weights_BT = token_weights(mask_BT, aggregation, num_rows=2, num_tokens=4, max_tokens=8)
     assert (weights_BT * loss_BT).sum().item() == pytest.approx(expected)
+    first, second = (
+        token_weights(mask_BT[[row]], aggregation, num_rows=2, num_tokens=4, max_tokens=8)
+        for row in (0, 1)
+    )
+    assert torch.equal(torch.cat([first, second]), weights_BT)  # a rank each
