@@ -1,8 +1,8 @@
 """What each rank did in an RL step, side by side, and what follows from it for idle ranks.
 
-A rank that has generated its responses is idle until the last one has. What of that time the
-drafter's training took was free; where it went on beyond, it delayed the step. Nothing here imports
-Lightning, or knows where spans come from (timeline.py).
+A rank that has generated and scored its responses is idle until the last one has. What of that
+time the drafter's training took was free; where it went on beyond, it delayed the step. Nothing
+here imports Lightning, or knows where spans come from (timeline.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fastrl.types import Span
 
-ROLLOUT, UPDATE, DRAFTER, WAITING = "rollout", "update", "drafter", "waiting"
+ROLLOUT, REWARD, UPDATE, DRAFTER, WAITING = "rollout", "reward", "update", "drafter", "waiting"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +42,10 @@ class RankStep:
         return self.clock_offset_s + max(span.end_s for span in spans)
 
     @property
-    def generated_s(self) -> float:
-        """When its responses were done, on the clock of all ranks.
-
-        The rollout's span holds idle time too; the engine's own end before it.
-        """
-        spans = self.engine or [span for span in self.phases if span.name == ROLLOUT]
-        return self.clock_offset_s + max(span.end_s for span in spans)
+    def finished_s(self) -> float:
+        """When its responses were done and scored, on the clock of all ranks."""
+        ends = [span.end_s for span in self.phases if span.name in (ROLLOUT, REWARD)]
+        return self.clock_offset_s + max(ends)
 
     def drafter_seconds(self, start_s: float, end_s: float) -> float:
         """Of the drafter's training between two times on the clock of all ranks."""
@@ -66,14 +63,14 @@ class IdleTime:
     rank_seconds: float
     """Of the step, summed over ranks."""
     idle_seconds: float
-    """From the end of a rank's own generation to that of the last rank's, summed over ranks."""
+    """From when a rank has finished to when the last one has, summed over ranks."""
     trained_seconds: float
     """Of those, in which the drafter was trained."""
     num_free_steps: int
     """The drafter's spans that began in them."""
     delay_seconds: float
-    """From the last rank's end of generation to the end of the last of those spans: what the
-    others' update waited for."""
+    """From when the last rank has finished to the end of the last of those spans: what the others'
+    update waited for."""
 
     @property
     def share_before(self) -> float:
@@ -90,15 +87,15 @@ class IdleTime:
 def idle_time(ranks: Sequence[RankStep]) -> IdleTime:
     """What ranks waited for one another's rollouts, and what became of it."""
     step_seconds = max(rank.end_s for rank in ranks) - min(rank.start_s for rank in ranks)
-    last_s = max(rank.generated_s for rank in ranks)
+    last_s = max(rank.finished_s for rank in ranks)
     idle = trained = delay = 0.0
     num_free = 0
     for rank in ranks:
-        idle += last_s - rank.generated_s
-        trained += rank.drafter_seconds(rank.generated_s, last_s)
+        idle += last_s - rank.finished_s
+        trained += rank.drafter_seconds(rank.finished_s, last_s)
         for span in rank.drafter:
             start_s, end_s = (rank.clock_offset_s + one for one in (span.start_s, span.end_s))
-            if rank.generated_s <= start_s < last_s:
+            if rank.finished_s <= start_s < last_s:
                 num_free += 1
                 delay = max(delay, end_s - last_s)
     return IdleTime(
@@ -111,13 +108,13 @@ def idle_time(ranks: Sequence[RankStep]) -> IdleTime:
 
 
 def waits(ranks: Sequence[RankStep]) -> list[tuple[Span, ...]]:
-    """By rank, the idle time that is left between its generation's end and the last rank's."""
-    last_s = max(rank.generated_s for rank in ranks)
+    """By rank, the idle time in which nothing was trained."""
+    last_s = max(rank.finished_s for rank in ranks)
     return [
         tuple(
             _gaps(
                 rank.drafter,
-                rank.generated_s - rank.clock_offset_s,
+                rank.finished_s - rank.clock_offset_s,
                 last_s - rank.clock_offset_s,
             )
         )

@@ -48,10 +48,10 @@ class TimedRollouts(FakeRollouts):
             Span(name="4_2_8", start_s=started + 0.05, seconds=seconds - 0.05),
         )
         time.sleep(seconds)
+        rollout = Span(name="rollout", start_s=started, seconds=time.perf_counter() - started)
         self.trainer.strategy.barrier()  # as the update would wait
         batch = make_batch(EngineStats(spans=spans))
         rl_step = self.trainer.lightning_module.rl_step
-        rollout = Span(name="rollout", start_s=started, seconds=time.perf_counter() - started)
         return dataclasses.replace(batch, spans=(rollout,), rl_step=rl_step)
 
 
@@ -60,14 +60,15 @@ class Training(Callback):
 
     def take_spans(self) -> tuple[Span, ...]:
         (rollout,) = self.batch.spans
-        if rollout.seconds < 0.3 or self.batch.stats.spans[-1].seconds > 0.2:
+        if not self.waits:
             return ()
-        return (Span(name="drafter", start_s=rollout.start_s + 0.1, seconds=0.15),)
+        return (Span(name="drafter", start_s=rollout.end_s, seconds=0.15),)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.batch = batch
+        self.waits = trainer.world_size > 1 and trainer.is_global_zero
 
 
 def fit(folder: Path, num_steps: int, *, devices: int = 1, **options: Any) -> Trainer:

@@ -13,17 +13,21 @@ def span(name: str, start_s: float, end_s: float) -> Span:
 
 
 def rank(
-    generated: float, drafter: tuple[tuple[float, float], ...] = (), *, clock: float = 0.0
+    finished: float, drafter: tuple[tuple[float, float], ...] = (), *, clock: float = 0.0
 ) -> RankStep:
-    """Generates from 1 on; the rollout ends with the last rank's, at 11; the update ends at 20."""
+    """Generates from 1 on, and scores for half a second; the update is from 12 to 20."""
     return RankStep(
         clock_offset_s=clock,
         phases=(
             span("publish", 0 - clock, 1 - clock),
-            span("rollout", 1 - clock, 11 - clock),
+            span("rollout", 1 - clock, finished - 0.5 - clock),
+            span("reward", finished - 0.5 - clock, finished - clock),
             span("update", 12 - clock, 20 - clock),
         ),
-        engine=(span("prefill", 1 - clock, 2 - clock), span("off", 2 - clock, generated - clock)),
+        engine=(
+            span("prefill", 1 - clock, 2 - clock),
+            span("off", 2 - clock, finished - 0.5 - clock),
+        ),
         drafter=tuple(span("drafter", start - clock, end - clock) for start, end in drafter),
     )
 
@@ -60,17 +64,12 @@ def test_machines_whose_clocks_differ_are_set_side_by_side() -> None:
     assert elsewhere.rank_seconds == pytest.approx(here.rank_seconds)
 
 
-def test_an_engine_that_tells_nothing_has_generated_when_the_rollout_ended() -> None:
-    silent = RankStep(clock_offset_s=0, phases=rank(5).phases, engine=(), drafter=())
-    assert silent.generated_s == 11
-
-
 def test_waits_and_training_fill_the_idle_time_exactly() -> None:
     rng = random.Random(0)
     for _ in range(50):
         edges = sorted(rng.sample(range(40, 110), 6))
         drafter = tuple((edges[i] / 10, edges[i + 1] / 10) for i in (0, 2, 4))
-        own_end = rng.randrange(20, 110) / 10
+        own_end = rng.randrange(26, 110) / 10
         ranks = [rank(11), rank(own_end, drafter)]
         _, idle = waits(ranks)
         ticks = [0.05 + tick / 10 for tick in range(200)]
