@@ -207,6 +207,31 @@ def test_how_shards_are_kept_changes_nothing(tmp_path: Path, options: dict[str, 
             torch.testing.assert_close(rank["weights"][name], tensor, atol=1e-6, rtol=0, msg=name)
 
 
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def test_shards_keep_float32_weights_and_compute_in_bfloat16(tmp_path: Path) -> None:
+    expected = train([0, 1, 2, 3], str(tmp_path / "whole"), SGD | {"kl_coef": 0.1}, devices=1)
+    initial = load_causal_lm(POLICY).state_dict()
+    given = SGD | {"kl_coef": 0.1, "sharding": RECOMPUTED}
+    ranks = run_ranks(
+        train_on_ranks, tmp_path / "ranks", str(tmp_path), given, UNLIKE, "fsdp", "bf16-mixed"
+    )
+    for rank in ranks:
+        assert rank["logged"]["policy/grad_norm"] == pytest.approx(
+            expected["logged"]["policy/grad_norm"], rel=0.05
+        )
+        for own, wanted in zip(rank["gradients"], expected["gradients"], strict=True):
+            assert {one.dtype for one in own.values()} == {torch.float32}
+            assert torch.cosine_similarity(flat(own), flat(wanted), dim=0) > 0.99
+        assert {one.dtype for one in rank["weights"].values()} == {torch.float32}
+        change = flat(rank["weights"]) - flat(initial)
+        expected_change = flat(expected["weights"]) - flat(initial)
+        assert torch.cosine_similarity(change, expected_change, dim=0) > 0.99
+    assert ranks[0]["logged"] == ranks[1]["logged"]
+
+
 def train_unalike(
     folder: str, options_by_rank: list[dict[str, Any]], groups_by_rank: tuple[list[int], ...]
 ) -> tuple[str, str]:
