@@ -59,6 +59,7 @@ from fastrl.modules.sharding import (
     gradients_stay_here,
     is_offloaded,
     is_sharded,
+    reshard,
 )
 from fastrl.modules.sharding_settings import ShardingSettings
 from fastrl.modules.update_metrics import UpdateMetrics
@@ -213,6 +214,7 @@ class PolicyModule(LightningModule, ABC):
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Named weights, the live parameters, sharded ones as they are (the engine gathers them);
         tied ones once, under their first name."""
+        reshard(self.policy)  # somebody may have had it answer to a prompt
         yield from self.policy.named_parameters()
 
     def take_features(self) -> list[SequenceFeatures]:

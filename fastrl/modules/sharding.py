@@ -100,11 +100,16 @@ def as_forward(model: nn.Module, work: Callable[[], T]) -> T:
         setattr(model, _METHOD, _called)
         register_fsdp_forward_method(model, _METHOD)
     result = cast(Callable[..., T], vars(model)[_METHOD])(work)
-    if not torch.is_grad_enabled():  # no backward follows, which would give them back
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    if not torch.is_grad_enabled():  # no backward follows, which would do it
+        reshard(model)
     return result
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward has gathered: the parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _called(work: Callable[[], Any]) -> Any:

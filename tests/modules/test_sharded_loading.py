@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastrl.modules import GRPO
 from fastrl.modules.loading import load_causal_lm
 from fastrl.modules.sharded_loading import data_parallel_mesh, load_policy
 from fastrl.modules.sharding_settings import ShardingSettings
@@ -91,6 +92,24 @@ def test_ranks_have_shards_of_what_the_first_has_read(
     num_numbers = [rank["num_numbers"] for rank in ranks]
     assert sum(num_numbers) == sum(one.numel() for one in whole.parameters())
     assert max(num_numbers) < 0.55 * sum(num_numbers)
+
+
+def published_after_a_forward(path: str) -> tuple[bool, bool]:
+    """Whether weights are whole after a forward that gathers them, and once they are published."""
+    module = GRPO(path, sharding=ShardingSettings(reshard_after_forward=False))
+    mesh = data_parallel_mesh(mesh_of(2, 1))
+    module.policy = load_policy(path, mesh, module.sharding, "32-true")
+    with torch.no_grad():
+        module.policy(torch.tensor([[1, 2, 3]]))
+    are_whole = not any(isinstance(one, DTensor) for one in module.policy.parameters())
+    return are_whole, not all(isinstance(one, DTensor) for _, one in module.policy_tensors())
+
+
+def test_shards_are_published_whatever_forward_was_before(
+    tmp_path: Path, model_folder: str
+) -> None:
+    ranks = run_ranks(published_after_a_forward, tmp_path, model_folder)
+    assert ranks == [(True, False)] * 2
 
 
 def refusals(path: str) -> dict[str, tuple[str, str]]:
