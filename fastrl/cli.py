@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -38,7 +39,7 @@ from fastrl.callbacks import (
     TextSamples,
 )
 from fastrl.callbacks.stop_signals import Terminated
-from fastrl.checkpoint_io import AtomicCheckpointIO
+from fastrl.checkpoint_io import AtomicCheckpointIO, check_intact
 from fastrl.config_loader import load_yaml
 from fastrl.datamodules import FeatureDataModule, RolloutDataModule
 from fastrl.last_run import find_last_run
@@ -148,7 +149,15 @@ class FastRLCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """What our own code refuses once the trainer runs (a data file's line, say) is as plain."""
         with self._plain_refusals(of_any_class=False):
+            path = self.config_init[subcommand].ckpt_path
+            if isinstance(self.trainer.strategy, ModelParallelStrategy) and path is not None:
+                self._check_intact(Path(path))
             super()._run_subcommand(subcommand)
+
+    def _check_intact(self, checkpoint: Path) -> None:
+        """Lightning reads that of a sharded policy without our CheckpointIO."""
+        if self.trainer.is_global_zero:
+            check_intact(checkpoint)
 
     @contextlib.contextmanager
     def _plain_refusals(self, *, of_any_class: bool) -> Iterator[None]:

@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 
 from fastrl.callbacks.stop_signals import StopSignals
 from fastrl.callbacks.tensorboard import write_summary
-from fastrl.checkpoint_io import check_intact
 from fastrl.types import PolicySource, RolloutBatch
 
 FOLDER = "checkpoints"
@@ -83,8 +82,8 @@ class StepCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / FOLDER
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            _check_sharded_checkpoints(trainer, trainer.strategy)
+        if stage == TrainerFn.FITTING:
+            _check_whole_files(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install_signals(trainer)
@@ -283,22 +282,12 @@ def _non_finite_weight(trainer: Trainer, source: PolicySource) -> str | None:
     return own or "one of another rank's shards"
 
 
-def _check_sharded_checkpoints(trainer: Trainer, strategy: ModelParallelStrategy) -> None:
-    """Raise ValueError on all ranks for a kind of checkpoint that is not written, or a damaged one
-    that is to be read (under this strategy Lightning does not ask our CheckpointIO for it)."""
-    if strategy._save_distributed_checkpoint and trainer.state.fn == TrainerFn.FITTING:
+def _check_whole_files(trainer: Trainer) -> None:
+    """Raise ValueError for a strategy that saves folders of files by rank."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
         raise ValueError(
             "trainer.strategy ModelParallelStrategy would write checkpoints as folders, a file a "
             "rank, which are neither replaced as a whole nor checked; set "
             "save_distributed_checkpoint to false in its init_args"
         )
-    if trainer.ckpt_path is None:
-        return
-    refusal = None
-    if trainer.is_global_zero:
-        try:
-            check_intact(Path(trainer.ckpt_path))
-        except (ValueError, FileNotFoundError) as error:
-            refusal = str(error)
-    if refusal := strategy.broadcast(refusal):
-        raise ValueError(refusal)

@@ -6,6 +6,7 @@ from fastrl.modules.grpo import GRPO
 from fastrl.modules.objectives import LossInputs
 from fastrl.modules.optimization import OptimizerSettings
 from fastrl.modules.reinforce import Reinforce
+from fastrl.modules.sharding_settings import ShardingSettings
 
 __all__ = [
     "GRPO",
@@ -15,4 +16,5 @@ __all__ = [
     "PolicyModule",
     "Reinforce",
     "ScoredResponse",
+    "ShardingSettings",
 ]

@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -60,6 +59,7 @@ from fastrl.modules.sharding import (
     gradients_stay_here,
     is_offloaded,
     is_sharded,
+    reshard,
 )
 from fastrl.modules.sharding_settings import ShardingSettings
 from fastrl.modules.update_metrics import UpdateMetrics
@@ -182,21 +182,6 @@ class PolicyModule(LightningModule, ABC):
                 load_policy(self.model_path, mesh, self.sharding, precision, is_frozen=True),
             )
         self._is_configured = True
-        if mesh is not None:
-            self._check_checkpoint()
-
-    def _check_checkpoint(self) -> None:
-        """Refuse another run's checkpoint: ModelParallelStrategy loads weights before it asks."""
-        path = self.trainer.ckpt_path
-        if path is not None and Path(path).is_file():
-            checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-            self._check_header(checkpoint)
-
-    def _check_header(self, checkpoint: Mapping[str, Any]) -> None:
-        is_resume = self.trainer.state.fn == TrainerFn.FITTING
-        checkpoint_header.check_header(
-            checkpoint, type(self), self.policy.config, is_resume=is_resume
-        )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move what is not offloaded: Lightning would take offloaded shards to the GPU."""
@@ -231,6 +216,7 @@ class PolicyModule(LightningModule, ABC):
     def policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Named weights, the live parameters, sharded ones as they are (the engine gathers them);
         tied ones once, under their first name."""
+        reshard(self.policy)  # somebody may have had it answer to a prompt
         yield from self.policy.named_parameters()
 
     def take_features(self) -> list[SequenceFeatures]:
@@ -509,6 +495,9 @@ class PolicyModule(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another run's checkpoint, before its weights are loaded; restore the counters."""
-        self._check_header(checkpoint)
+        is_resume = self.trainer.state.fn == TrainerFn.FITTING
+        checkpoint_header.check_header(
+            checkpoint, type(self), self.policy.config, is_resume=is_resume
+        )
         self.rl_step = checkpoint["rl_step"]
         self.policy_version = checkpoint["policy_version"]

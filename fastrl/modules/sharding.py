@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -37,7 +38,8 @@ def check_strategy(strategy: Strategy) -> None:
             "at once (summon_full_params): an engine could not be given them bucket by bucket. Use "
             "lightning.pytorch.strategies.ModelParallelStrategy, which shards by FSDP2"
         )
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+    is_known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    if not is_known or isinstance(strategy, DeepSpeedStrategy):  # a DDPStrategy by inheritance only
         raise ValueError(
             f"trainer.strategy {type(strategy).__name__}: a policy is trained under ddp (it is "
             f"whole on each GPU), lightning.pytorch.strategies.ModelParallelStrategy (it is "
@@ -98,11 +100,16 @@ def as_forward(model: nn.Module, work: Callable[[], T]) -> T:
         setattr(model, _METHOD, _called)
         register_fsdp_forward_method(model, _METHOD)
     result = cast(Callable[..., T], vars(model)[_METHOD])(work)
-    if not torch.is_grad_enabled():  # no backward follows, which would give them back
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    if not torch.is_grad_enabled():  # no backward follows, which would do it
+        reshard(model)
     return result
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward has gathered: the parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _called(work: Callable[[], Any]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,6 +26,7 @@ from transformers import AutoConfig
 from fastrl.modules import GRPO, OptimizerSettings, PolicyModule, Reinforce
 from fastrl.modules.loading import load_causal_lm
 from fastrl.modules.optimization import clip_gradients
+from fastrl.modules.sharding import check_strategy
 from fastrl.modules.sharding_settings import ShardingSettings
 from fastrl.types import RolloutBatch, SamplingParams
 from tests.modules.conftest import fit_batches, padded_batch
@@ -205,6 +206,53 @@ def test_how_shards_are_kept_changes_nothing(tmp_path: Path, options: dict[str, 
         assert rank["logged"] == pytest.approx(expected["logged"], rel=1e-4, abs=2e-6)
         for name, tensor in expected["weights"].items():
             torch.testing.assert_close(rank["weights"][name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def test_shards_keep_float32_weights_and_compute_in_bfloat16(tmp_path: Path) -> None:
+    expected = train([0, 1, 2, 3], str(tmp_path / "whole"), SGD | {"kl_coef": 0.1}, devices=1)
+    initial = load_causal_lm(POLICY).state_dict()
+    given = SGD | {"kl_coef": 0.1, "sharding": RECOMPUTED}
+    ranks = run_ranks(
+        train_on_ranks, tmp_path / "ranks", str(tmp_path), given, UNLIKE, "fsdp", "bf16-mixed"
+    )
+    for rank in ranks:
+        assert rank["logged"]["policy/grad_norm"] == pytest.approx(
+            expected["logged"]["policy/grad_norm"], rel=0.05
+        )
+        for own, wanted in zip(rank["gradients"], expected["gradients"], strict=True):
+            assert {one.dtype for one in own.values()} == {torch.float32}
+            assert torch.cosine_similarity(flat(own), flat(wanted), dim=0) > 0.99
+        assert {one.dtype for one in rank["weights"].values()} == {torch.float32}
+        change = flat(rank["weights"]) - flat(initial)
+        expected_change = flat(expected["weights"]) - flat(initial)
+        assert torch.cosine_similarity(change, expected_change, dim=0) > 0.99
+    assert ranks[0]["logged"] == ranks[1]["logged"]
+
+
+class UnshardedGRPO(RecordingGRPO):
+    def configure_model(self) -> None:
+        self.policy = load_causal_lm(POLICY)
+
+
+def train_unsharded(folder: str) -> tuple[str, str]:
+    module = UnshardedGRPO(POLICY)
+    return raised(
+        lambda: fit_batches(
+            module, Path(folder), [batch_of([0], 0)], strategy=strategy_of("fsdp"), devices=1
+        )
+    )
+
+
+def test_weights_whose_gradients_would_stay_on_their_rank_are_refused(tmp_path: Path) -> None:
+    ((kind, message),) = run_ranks(train_unsharded, tmp_path, str(tmp_path), num_ranks=1)
+    assert kind == "ValueError"
+    assert "model.embed_tokens.weight is not sharded; apply fully_shard" in message
+    with pytest.raises(ValueError, match="DeepSpeedStrategy: a policy is trained under ddp"):
+        check_strategy(object.__new__(DeepSpeedStrategy))
 
 
 def train_unalike(
