@@ -311,7 +311,8 @@ class RolloutBatch:
     reward_results: tuple[RewardResult, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
     timings: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by phase that the datamodule spent on this batch: `publish`, `rollout`, `reward`."""
+    """Seconds by phase that the datamodule spent on this batch: `publish`, `rollout`, `reward`;
+    in training `idle`, the wait for other ranks."""
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The same batch with its tensors on `device`."""
