@@ -43,6 +43,8 @@ _FAILED = -(1 << 40)
 _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 0.0005, 0.02
 _LOOK_EVERY_S = 1.0
 """Between looks at whether the processes of this machine's ranks run."""
+_LINGER_S = 2.0
+"""That a failed rank 0 stays: its process may keep the store, in which others read why."""
 
 
 class RankError(RuntimeError):
@@ -91,6 +93,7 @@ class RankBoard:
         self._rollout = 0  # from 1
         self._waits_since = 0.0
         self._looked_at = 0.0
+        self._has_failed = False
         self._identity = own_identity()
         self._neighbours: dict[int, ProcessIdentity] | None = None  # other ranks of this machine
         self._write("started")
@@ -152,11 +155,16 @@ class RankBoard:
 
     def fail(self, error: BaseException) -> None:
         """Have the ranks that wait for this one, now or in the next rollout, raise at once."""
+        if self._has_failed:
+            return
+        self._has_failed = True
         with suppress(dist.DistError):  # without a store they raise by themselves
-            self._write(f"failed with {type(error).__name__}: {str(error)[:300]}")
+            self._write(f"failed with {type(error).__name__}: {str(error)[:1000]}")
             for rollout in (self._rollout, self._rollout + 1):
                 for phase in _PASSED:
                     self._store.add(self._key(phase, rollout), _FAILED)
+        if self._rank == 0 and self._num_ranks > 1:
+            time.sleep(_LINGER_S)
 
     def _finish(self) -> bool:
         """This rank has finished generating; whether it is the last."""
@@ -239,10 +247,16 @@ class RankBoard:
         if count >= 0:
             return count
         failed = [f"rank {rank} {n.what}" for rank, n in self._notes().items() if n.is_failed]
-        raise RankError(
+        raise self._given_up(
             f"rank {self._rank} gives up rollout {self._rollout}: {'; '.join(failed)}. What that "
             f"rank printed tells why; resume with --ckpt_path last"
         )
+
+    def _given_up(self, message: str) -> RankError:
+        """What this rank raises; those that wait for it are told."""
+        error = RankError(message)
+        self.fail(error)
+        return error
 
     def _look_at_neighbours(self, phase: _Phase) -> None:
         """Raise RankError if the process of a rank that is waited for has ended."""
@@ -266,7 +280,7 @@ class RankBoard:
     def _raise_missing(self, missing: Iterable[int], why: str) -> None:
         told = "; ".join(f"rank {rank} {why}: it {_told(self._read(rank))}" for rank in missing)
         waited = time.monotonic() - self._waits_since
-        raise RankError(
+        raise self._given_up(
             f"rank {self._rank} has waited {waited:.0f} s in rollout {self._rollout}. {told}. What "
             f"that rank printed tells why; resume with --ckpt_path last"
         )
