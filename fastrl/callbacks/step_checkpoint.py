@@ -3,7 +3,8 @@
 `checkpoints/last.ckpt` in the run folder is the newest state, `step-N.ckpt` those of the latest
 validations. Only whole RL steps are saved, all callbacks' work on them included, and only finite
 weights: after a failure within a step, or on numbers that are not finite, the last checkpoint
-stands. Stopped by Ctrl-C or SIGTERM, a run saves the RL step it was in or before.
+stands; on several ranks after any failure, since others may not know of it. Stopped by Ctrl-C or
+SIGTERM, a run saves the RL step it was in or before.
 
 Leaves out how bytes get to the disk (fastrl/checkpoint_io.py) and the state itself, which is its
 owners'. FastRLCLI adds this callback where no other `Checkpoint` is configured.
@@ -145,7 +146,10 @@ class StepCheckpoint(Checkpoint):
         """Save the RL step that is finished, unless its policy is gone."""
         if not self._is_training:
             return
-        if reason := self._reason_not_to_save(cast(PolicySource, pl_module), exception):
+        if trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt):
+            # Saving takes all ranks, and what ends this one need not be known to them.
+            rank_zero_warn("no checkpoint is written, what was saved before stands: a rank failed")
+        elif reason := self._reason_not_to_save(cast(PolicySource, pl_module), exception):
             rank_zero_warn(f"no checkpoint is written, what was saved before stands: {reason}")
         elif self._saved != (self._finished_step, self._is_validated):
             self._save(trainer, pl_module)
