@@ -21,12 +21,14 @@ from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from fastrl.callbacks.drafter_evaluation import held_out_metrics
 from fastrl.callbacks.drafter_learner import DrafterLearner, whole_shared_weights
 from fastrl.callbacks.drafter_ranks import IdleWork, idle_metrics, seed_of_rank
 from fastrl.callbacks.feature_buffer import BufferSettings, FeatureBuffer
+from fastrl.callbacks.rank_files import RankFiles, state_in_common
 from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.callbacks.time_budget import SpentTime, TimeBudget
 from fastrl.rollout.drafters.averaging import average_over_ranks
@@ -144,6 +146,9 @@ class DrafterTraining(Callback):
         """Optimizer steps that this rank took since the last publication."""
         self._idle_work = IdleWork()
         self._restored: dict[str, Any] | None = None
+        self._restored_own: dict[str, Any] | None = None  # of a rank other than 0
+        self._restored_ranks: int | None = None  # that a checkpoint is of
+        self._files: RankFiles | None = None
 
     @property
     def published_weights(self) -> Mapping[str, Tensor] | None:
@@ -168,6 +173,7 @@ class DrafterTraining(Callback):
                 f"ranks are never idle while another generates; lower it, or leave 'idle' out of "
                 f"`when`"
             )
+        self._files = RankFiles(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the drafter under training: a float32 copy of its own, beside the engine's.
@@ -191,7 +197,7 @@ class DrafterTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Between checkpoint restore and the first rollout: give the engine its drafter back."""
         source = cast(PolicySource, pl_module)
-        self._restore()
+        self._restore(trainer)
         self._shared = whole_shared_weights(source.policy)
         if self._published is not None:
             _rollout_source(trainer).ensure_started()
@@ -335,8 +341,8 @@ class DrafterTraining(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Drafter, optimizer, buffer, random state, what the engine serves, the step under way."""
-        if self._restored is not None:
-            return self._restored
+        if (restored := self._restored_own or self._restored) is not None:
+            return restored
         if self._trained is None:
             return {}
         return {
@@ -355,9 +361,36 @@ class DrafterTraining(Callback):
         """Keep it until training starts: some strategies restore before the drafter exists."""
         self._restored = state_dict or None
 
-    def _restore(self) -> None:
-        if (state := self._restored) is None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Have each rank write what is its own, before rank 0 writes the checkpoint."""
+        rl_step = cast(PolicySource, pl_module).rl_step
+        self._rank_files().save(trainer, checkpoint, self.state_dict, rl_step)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read what is this rank's own, if the run goes on on as many ranks."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            files = self._rank_files()
+            self._restored_ranks, self._restored_own = files.load(trainer, checkpoint)
+
+    def _rank_files(self) -> RankFiles:
+        assert self._files is not None, "setup has not run"
+        return self._files
+
+    def _restore(self, trainer: Trainer) -> None:
+        if (state := self._restored_own or self._restored) is None:
             return
+        if self._restored_ranks not in (None, trainer.world_size):
+            state = state_in_common(
+                state,
+                num_ranks=self._restored_ranks,
+                rank=trainer.global_rank,
+                own_weights=self._learner().weights(),
+                own_generator=self._generator.get_state(),
+            )
         self._learner().load_state_dict(state)
         self.buffer.load_state_dict(state["buffer"])
         self._generator.set_state(state["generator"].cpu())
@@ -367,7 +400,7 @@ class DrafterTraining(Callback):
         self._losses = list(state["losses"])
         seconds, num_steps = state["idle_work"]
         self._idle_work = IdleWork(seconds=seconds, num_steps=num_steps)
-        self._restored = None
+        self._restored = self._restored_own = self._restored_ranks = None
 
 
 def _rollout_source(trainer: Trainer) -> _RolloutSource:

@@ -295,3 +295,114 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_more_idle_ranks_than_there_are_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="min_idle_ranks 2 of 1 ranks are never idle"):
         fit(str(tmp_path), make_training(min_idle_ranks=2), make_data(1))
+
+
+class SavedAt(Callback):
+    """A checkpoint after the given RL steps, of all callbacks' work on them."""
+
+    def __init__(self, *rl_steps: int) -> None:
+        self.rl_steps = rl_steps
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if module.rl_step in self.rl_steps:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / f"step-{module.rl_step}.ckpt")
+
+
+def reproducible_run(
+    folder: str, num_ranks: int, num_steps: int, ckpt_path: str | None, saves_at: tuple[int, ...]
+) -> dict[str, Any]:
+    """Without idle time, whose steps depend on the clock."""
+    training = make_training(when=("batch_end",), steps_per_batch=2)
+    begun: dict[str, Any] = {}
+
+    class Begin(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            if not begun:
+                begun.update(state_of(training))
+
+    recorder, _ = fit(
+        folder,
+        training,
+        make_data(num_steps),
+        others=(Begin(), SavedAt(*saves_at)),
+        num_ranks=num_ranks,
+        ckpt_path=ckpt_path,
+    )
+    return {"begun": begun, "ended": state_of(training), "published": recorder.published}
+
+
+def state_of(training: DrafterTraining) -> dict[str, Any]:
+    return {
+        "weights": {name: one.clone() for name, one in training._learner().weights().items()},
+        "buffer": training.buffer.state_dict()["tokens"],
+        "generator": training._generator.get_state(),
+        "version": training.version,
+        "steps": training._unpublished_steps,
+    }
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["weights"].keys() == other["weights"].keys()
+    for name, weight in one["weights"].items():
+        assert torch.equal(weight, other["weights"][name]), name
+    for name in ("buffer", "generator"):
+        assert torch.equal(one[name], other[name]), name
+    assert (one["version"], one["steps"]) == (other["version"], other["steps"])
+
+
+@pytest.fixture(scope="module")
+def resumable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of two ranks over five RL steps, saved after the third: one after a publication."""
+    folder = tmp_path_factory.mktemp("resumable")
+    ranks = run_ranks(reproducible_run, folder / "whole", str(folder), 2, 5, None, (1, 2, 3))
+    return folder, ranks
+
+
+def test_a_resumed_run_of_two_ranks_goes_on_with_each_ranks_own_state(
+    resumable: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, whole = resumable
+    assert not torch.equal(
+        whole[0]["ended"]["weights"]["fc.weight"], whole[1]["ended"]["weights"]["fc.weight"]
+    )
+    path = str(folder / "step-3.ckpt")
+    resumed = run_ranks(reproducible_run, folder / "again", str(folder / "new"), 2, 5, path, ())
+    for rank, again in zip(whole, resumed, strict=True):
+        assert_same(rank["ended"], again["ended"])
+    names = sorted(path.name for path in folder.rglob("drafter-step*"))
+    # Those of the last checkpoint, and of the one before it, which last.ckpt would need.
+    assert names == ["drafter-step2-rank1.ckpt", "drafter-step3-rank1.ckpt"]
+
+
+def test_one_rank_goes_on_with_what_two_had_in_common(
+    resumable: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, whole = resumable
+    with pytest.warns(UserWarning, match="a run on 2 ranks. All ranks go on with the drafter"):
+        run = reproducible_run(str(tmp_path), 1, 4, str(folder / "step-3.ckpt"), ())
+    for name, weight in whole[0]["published"][2].items():
+        assert torch.equal(run["begun"]["weights"][name], weight)
+    assert run["begun"]["steps"] == 0
+    assert len(run["begun"]["buffer"]) > 0
+
+
+def test_two_ranks_go_on_with_the_drafter_of_one(tmp_path: Path) -> None:
+    alone = reproducible_run(str(tmp_path), 1, 3, None, (3,))
+    path = str(tmp_path / "step-3.ckpt")
+    first, second = run_ranks(
+        reproducible_run, tmp_path / "two", str(tmp_path / "new"), 2, 4, path, ()
+    )
+    for name, weight in alone["ended"]["weights"].items():
+        assert torch.equal(first["begun"]["weights"][name], weight)
+        assert torch.equal(second["begun"]["weights"][name], weight)
+        assert torch.equal(first["ended"]["weights"][name], second["ended"]["weights"][name])
+    assert not torch.equal(first["begun"]["generator"], second["begun"]["generator"])
+
+
+def test_a_missing_file_of_a_rank_is_named(
+    resumable: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, _ = resumable
+    path = str(folder / "step-1.ckpt")  # whose file is gone: no checkpoint of the run needs it
+    with pytest.raises(AssertionError, match=r"in drafter-step1-rank1\.ckpt, which is neither in"):
+        run_ranks(reproducible_run, tmp_path, str(tmp_path / "new"), 2, 4, path, ())
