@@ -1,4 +1,4 @@
-"""What training the drafter in idle time yields, and what it costs the run: nothing, if it is right.
+"""What training the drafter in idle time yields, and what it costs: nothing, if it is right.
 
 RL steps on several processes, each two in a row with the same lengths of responses: one with idle
 training, one without, in turn which comes first. Lengths are drawn from a lognormal distribution
@@ -17,6 +17,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import socket
 import statistics
 import time
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ import torch.distributed as dist
 from bench_inputs import print_machine
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rollout_figures import ratio_and_spread
+from torch.multiprocessing import spawn
 
 from fastrl.callbacks import DrafterTraining
 from fastrl.datamodules import ExactMatchReward, ReasoningGymPrompts, RolloutDataModule
@@ -231,9 +234,20 @@ class After(Callback):
             (Path(self._folder) / "steps.json").write_text(json.dumps(result))
 
 
-def measure(bench: Bench, folder: str) -> tuple[list[Step], float]:
-    """RL steps, and the seconds of a poll."""
-    torch.set_num_threads(1)  # of each rank, which are forked from here
+def run_rank(rank: int, bench: Bench, folder: str, port: int) -> None:
+    """One process, started as by torchrun."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(bench.num_ranks),
+        "LOCAL_WORLD_SIZE": str(bench.num_ranks),
+        "TORCHELASTIC_RUN_ID": "bench_idle",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }
+    torch.set_num_threads(1)
     before = Before()
     training = DrafterTraining(
         steps_per_batch=0,
@@ -243,7 +257,7 @@ def measure(bench: Bench, folder: str) -> tuple[list[Step], float]:
     )
     trainer = Trainer(
         accelerator="cpu",
-        strategy="ddp_fork",
+        strategy="ddp",
         devices=bench.num_ranks,
         max_epochs=1,
         default_root_dir=folder,
@@ -267,6 +281,14 @@ def measure(bench: Bench, folder: str) -> tuple[list[Step], float]:
         seed=bench.seed,
     )
     trainer.fit(GRPO(model_path=bench.policy, optimizer=OptimizerSettings(lr=0.0)), datamodule=data)
+
+
+def measure(bench: Bench, folder: str) -> tuple[list[Step], float]:
+    """RL steps, and the seconds of a poll."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(run_rank, (bench, folder, port), nprocs=bench.num_ranks)
     result = json.loads((Path(folder) / "steps.json").read_text())
     return [Step(**step) for step in result["steps"]], result["poll_s"]
 
@@ -276,12 +298,8 @@ def figures_of(bench: Bench, steps: Sequence[Step], poll_s: float) -> Figures:
     on = [step for step in steps if step.trains and step.pair > 0]
     off = [step for step in steps if not step.trains and step.pair > 0]
     pairs = range(1, bench.num_pairs + 1)
-    lengths = [
-        n
-        for pair in pairs
-        for rank in range(bench.num_ranks)
-        for n in lengths_of(bench, pair, rank)
-    ]
+    drawn = (lengths_of(bench, pair, rank) for pair in pairs for rank in range(bench.num_ranks))
+    lengths = [length for of_rank in drawn for length in of_rank]
     ratio, spread = ratio_and_spread([one.seconds for one in on], [one.seconds for one in off])
     used, used_spread = ratio_and_spread([one.used_share for one in on], [1.0] * len(on))
     trained_s = sum(one.used_share * one.idle_s for one in on)

@@ -387,12 +387,14 @@ def test_one_rank_goes_on_with_what_two_had_in_common(
 
 
 def test_two_ranks_go_on_with_the_drafter_of_one(tmp_path: Path) -> None:
-    alone = reproducible_run(str(tmp_path), 1, 3, None, (3,))
+    reproducible_run(str(tmp_path), 1, 4, None, (3,))
     path = str(tmp_path / "step-3.ckpt")
+    saved = AtomicCheckpointIO().load_checkpoint(path)["callbacks"]["DrafterTraining"]
     first, second = run_ranks(
         reproducible_run, tmp_path / "two", str(tmp_path / "new"), 2, 4, path, ()
     )
-    for name, weight in alone["ended"]["weights"].items():
+    assert saved["unpublished_steps"] > 0
+    for name, weight in saved["drafter"].items():
         assert torch.equal(first["begun"]["weights"][name], weight)
         assert torch.equal(second["begun"]["weights"][name], weight)
         assert torch.equal(first["ended"]["weights"][name], second["ended"]["weights"][name])
