@@ -116,6 +116,7 @@ class RankBoard:
     def begin(self) -> None:
         """This rank begins its next rollout."""
         self._rollout += 1
+        self._waits_since = self._looked_at = time.monotonic()
         with self._asking():
             self._write("generating")
 
@@ -197,7 +198,8 @@ class RankBoard:
                 self._looked_at = now
                 self._look_at_neighbours(phase)
             if now - self._waits_since > self._timeout_s:
-                missing = [r for r in range(self._num_ranks) if self._is_missing(r, phase)]
+                others = (rank for rank in range(self._num_ranks) if rank != self._rank)
+                missing = [rank for rank in others if self._is_missing(rank, phase)]
                 self._raise_missing(
                     missing,
                     f"did not come this far within the {self._timeout_s:g} s of "
