@@ -40,7 +40,7 @@ from fastrl.datamodules import ExactMatchReward, ReasoningGymPrompts, RolloutDat
 from fastrl.modules import GRPO, OptimizerSettings
 from fastrl.rollout.rank_board import RankBoard
 from fastrl.rollout.torch_engine import TorchEngine
-from fastrl.types import FinishReason, Prompt, Rollout, SamplingParams
+from fastrl.types import FinishReason, Prompt, Rollout, RolloutBatch, SamplingParams
 
 MODELS = Path(__file__).parents[1] / "models" / "quickstart"
 
@@ -88,6 +88,8 @@ class Step:
     """Whether idle time was used."""
     seconds: float
     """Rollouts, idle time and update; co-training at the batch's end and publications left out."""
+    rollout_s: float
+    """From the begin of generation until all ranks go on, on rank 0."""
     idle_s: float
     """Of all ranks together."""
     used_share: float
@@ -111,6 +113,9 @@ class Figures:
     step_ratio: float
     """RL step's time with idle training over that without, pair by pair."""
     step_spread: tuple[float, float]
+    rollout_ratio: float
+    """The same of the time until all ranks go on, the update left out."""
+    rollout_spread: tuple[float, float]
     micro_step_s: float
     overrun_s: float
     worst_overrun_s: float
@@ -198,7 +203,14 @@ class After(Callback):
         self._hook = trainer.datamodule.on_idle  # type: ignore[attr-defined]
         self._begin(trainer, 0)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: RolloutBatch,
+        batch_idx: int,
+    ) -> None:
         """Keep the step, begin the next."""
         metrics = trainer.callback_metrics
         rl_step = int(pl_module.rl_step) - 1  # type: ignore[arg-type]
@@ -207,6 +219,7 @@ class After(Callback):
                 pair=rl_step // 2,
                 trains=trains_in(rl_step),
                 seconds=self._before.seconds,
+                rollout_s=sum(batch.timings[name] for name in ("rollout", "reward", "idle")),
                 idle_s=float(metrics["time/idle_all_ranks"]),
                 used_share=float(metrics["drafter/idle_share_used"]),
                 num_steps=int(metrics["drafter/idle_steps"]),
@@ -301,6 +314,9 @@ def figures_of(bench: Bench, steps: Sequence[Step], poll_s: float) -> Figures:
     drawn = (lengths_of(bench, pair, rank) for pair in pairs for rank in range(bench.num_ranks))
     lengths = [length for of_rank in drawn for length in of_rank]
     ratio, spread = ratio_and_spread([one.seconds for one in on], [one.seconds for one in off])
+    rollout_ratio, rollout_spread = ratio_and_spread(
+        [one.rollout_s for one in on], [one.rollout_s for one in off]
+    )
     used, used_spread = ratio_and_spread([one.used_share for one in on], [1.0] * len(on))
     trained_s = sum(one.used_share * one.idle_s for one in on)
     num_steps = sum(one.num_steps for one in on)
@@ -312,6 +328,8 @@ def figures_of(bench: Bench, steps: Sequence[Step], poll_s: float) -> Figures:
         used_spread=used_spread,
         step_ratio=ratio,
         step_spread=spread,
+        rollout_ratio=rollout_ratio,
+        rollout_spread=rollout_spread,
         micro_step_s=trained_s / num_steps if num_steps else math.nan,
         overrun_s=statistics.median(one.overrun_s for one in on),
         worst_overrun_s=max(one.overrun_s for one in on),
@@ -329,14 +347,15 @@ def run(bench: Bench) -> Figures:
         steps, poll_s = measure(bench, folder)
     figures = figures_of(bench, steps, poll_s)
     low, high = figures.used_spread
-    slow, fast = figures.step_spread
+    rollout, step = figures.rollout_spread, figures.step_spread
     print(
         f"lengths: longest over median {figures.longest_over_median:.0f}; idle "
         f"{figures.idle_share:.0%} of all ranks' time\n"
         f"spent training: {figures.used_share:.1%} of idle time [{low:.1%}, {high:.1%}], "
         f"{figures.drafter_steps} optimizer steps in {bench.num_pairs} RL steps\n"
-        f"RL step with idle training over without: {figures.step_ratio:.4f} "
-        f"[{slow:.4f}, {fast:.4f}]\n"
+        f"with idle training over without: rollouts {figures.rollout_ratio:.4f} "
+        f"[{rollout[0]:.4f}, {rollout[1]:.4f}], RL step {figures.step_ratio:.4f} "
+        f"[{step[0]:.4f}, {step[1]:.4f}]\n"
         f"back after the last rank's end: {figures.overrun_s * 1e3:.1f} ms, at worst "
         f"{figures.worst_overrun_s * 1e3:.1f} ms; a micro-step takes "
         f"{figures.micro_step_s * 1e3:.1f} ms; without training {figures.overrun_off_s * 1e3:.1f} "

@@ -400,6 +400,38 @@ def test_a_closed_window_allows_no_step(drafter_path: str) -> None:
     assert rows == [[0], [0], [0]]
 
 
+def test_idle_training_waits_for_as_many_idle_ranks_as_it_is_told(drafter_path: str) -> None:
+    """And not beyond the window's end."""
+    callback = small_callback()
+    fit(callback, drafter_path, 1)
+    callback.min_idle_ranks = 3
+    counts = iter([1, 1, 2, 3])
+    window = window_of(5)
+    callback._train_while_idle(
+        IdleWindow(should_stop=window.should_stop, num_idle_ranks=lambda: next(counts))
+    )
+    assert callback._idle_work.num_steps == 2  # three of the five questions went by before
+    callback._train_while_idle(idle_window(lambda: True, num_idle_ranks=2))
+    assert callback._idle_work.num_steps == 2
+
+
+def test_without_idle_in_when_nobody_trains_in_idle_time(drafter_path: str) -> None:
+    rows: list[list[float]] = []
+    watch = recorded_metrics(["drafter/num_steps"], into=rows)
+    callback = small_callback(when=("batch_end",))
+    fit(callback, drafter_path, 3, others=[watch], idle_window=window_of(7))
+    assert rows == [[3], [3], [3]]
+
+
+def test_without_batch_end_in_when_only_idle_time_is_used(drafter_path: str) -> None:
+    rows: list[list[float]] = []
+    watch = recorded_metrics(["drafter/num_steps"], into=rows)
+    callback = small_callback(when=("idle",), steps_per_batch=None)
+    engine, _ = fit(callback, drafter_path, 3, others=[watch], idle_window=window_of(2))
+    assert rows == [[0], [2], [2]]
+    assert [version for version, _ in engine.published] == [1]
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_culprit(drafter_path: str) -> None:
     """Hidden states of the policy's that are no numbers; the drafter keeps its weights."""
     callback = small_callback()

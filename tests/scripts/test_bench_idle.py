@@ -50,6 +50,7 @@ def test_figures_are_over_pairs_and_leave_the_first_out():
             pair=pair,
             trains=trains,
             seconds=seconds,
+            rollout_s=seconds / 2,
             idle_s=2.0,
             used_share=share,
             num_steps=num_steps,
@@ -66,6 +67,7 @@ def test_figures_are_over_pairs_and_leave_the_first_out():
     ]
     figures = figures_of(bench, steps, 1e-5)
     assert figures.step_ratio == pytest.approx((5 / 4 + 3 / 4) / 2)
+    assert figures.rollout_ratio == figures.step_ratio
     assert figures.used_share == pytest.approx(0.75)
     assert figures.idle_share == pytest.approx(4.0 / (2 * 8.0))
     assert figures.micro_step_s == pytest.approx(3.0 / 30)
