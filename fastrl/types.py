@@ -330,9 +330,10 @@ class RolloutBatch:
     reward_results: tuple[RewardResult, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
     timings: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by phase that the datamodule spent on this batch: `publish`, `rollout`, `reward`."""
+    """Seconds by phase that the datamodule spent on this batch: `publish`, `rollout`, `reward`;
+    in training `idle`, the wait for other ranks."""
     spans: tuple[Span, ...] = ()
-    """The same phases, and `health` if weights were checked, in order."""
+    """The same phases but `idle`, and `health` if weights were checked, in order."""
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The same batch with its tensors on `device`."""

@@ -15,18 +15,20 @@ from tests.warmup_runs import make_data, make_module, make_trainer
 __all__ = ["in_the_repository"]  # a fixture that applies to this file as well
 
 METRICS = Path(__file__).parents[1] / "docs" / "metrics.md"
-# Not in the run below: what `fastrl test` writes, a drafter's training on a budget, health checks,
-# what ranks wait for one another.
+# Not in the run below: what `fastrl test` writes, a drafter's training on a budget and over several
+# ranks, health checks, what ranks wait for one another.
 OF_OTHER_RUNS = {
     "reward/test",
     "reward/test_pass@{k}",
     "drafter/max_time_share",
+    "drafter/idle_steps",
+    "drafter/idle_share_used",
+    "time/idle_all_ranks",
+    "time/idle_overrun",
     "health/canary_gap",
     "time/health",
     "idle/share_before",
     "idle/share_after",
-    "idle/free_drafter_steps",
-    "idle/delay_s",
     "timeline",
 }
 WARM_UP = "warmup/"

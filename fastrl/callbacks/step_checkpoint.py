@@ -3,7 +3,8 @@
 `checkpoints/last.ckpt` in the run folder is the newest state, `step-N.ckpt` those of the latest
 validations. Only whole RL steps are saved, all callbacks' work on them included, and only finite
 weights: after a failure within a step, or on numbers that are not finite, the last checkpoint
-stands. Stopped by Ctrl-C or SIGTERM, a run saves the RL step it was in or before.
+stands; on several ranks after any failure, since others may not know of it. Stopped by Ctrl-C or
+SIGTERM, a run saves the RL step it was in or before.
 
 Of a policy that is sharded, rank 0 writes one whole file, and any number of ranks goes on from it.
 

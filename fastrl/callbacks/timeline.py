@@ -8,6 +8,7 @@ checkpoints and validations took, between steps.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -18,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fastrl.callbacks.step_scalars import log_step_scalars
 from fastrl.callbacks.tensorboard import tensorboard_writers
 from fastrl.callbacks.timeline_picture import picture
-from fastrl.callbacks.timeline_spans import RankStep, idle_time
+from fastrl.callbacks.timeline_spans import RankStep, idle_shares
 from fastrl.callbacks.timeline_trace import append_step
 from fastrl.types import PolicySource, RolloutBatch, Span
 
@@ -50,6 +51,8 @@ class Timeline(Callback):
         self._path: Path | None = None  # known once the trainer has set up its loggers
         self._batch: RolloutBatch | None = None
         """Of the step that is not complete yet."""
+        self._spans: list[Span] = []
+        """Of other callbacks, taken and not shown yet."""
         self._last: tuple[int, list[RankStep]] | None = None
         """Not drawn yet; rank 0's alone."""
 
@@ -60,8 +63,8 @@ class Timeline(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: RolloutBatch, batch_idx: int
     ) -> None:
-        """The step before is complete."""
-        self._complete(trainer, pl_module)
+        """The step before is complete; what others have done since is of this one's rollouts."""
+        self._complete(trainer, pl_module, next_batch=batch)
 
     def on_train_batch_end(
         self,
@@ -86,22 +89,28 @@ class Timeline(Callback):
         self._complete(trainer, pl_module)
         self._draw(trainer)
 
-    def _complete(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _complete(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        next_batch: RolloutBatch | None = None,
+    ) -> None:
         """Called on all ranks at the same places: spans go to rank 0."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SpanSource):
+                self._spans += callback.take_spans()
         if (batch := self._batch) is None:
             return
         self._batch = None
+        end_s = next_batch.spans[0].start_s if next_batch and next_batch.spans else math.inf
+        others = tuple(span for span in self._spans if span.start_s < end_s)
+        self._spans = [span for span in self._spans if span.start_s >= end_s]
         source = cast(PolicySource, pl_module)
         own = RankStep(
             clock_offset_s=time.time() - time.perf_counter(),
             phases=(*batch.spans, *source.take_spans()),
             engine=batch.stats.spans,
-            drafter=tuple(
-                span
-                for callback in trainer.callbacks  # type: ignore[attr-defined]
-                if isinstance(callback, SpanSource)
-                for span in callback.take_spans()
-            ),
+            drafter=others,
         )
         rl_step = batch.rl_step + 1
         ranks = _gathered(own, trainer)
@@ -137,11 +146,6 @@ def _gathered(own: RankStep, trainer: Trainer) -> list[RankStep] | None:
 
 
 def idle_scalars(ranks: list[RankStep]) -> dict[str, float]:
-    """`idle/` figures of an RL step of several ranks; see `IdleTime`."""
-    idle = idle_time(ranks)
-    return {
-        "idle/share_before": idle.share_before,
-        "idle/share_after": idle.share_after,
-        "idle/free_drafter_steps": float(idle.num_free_steps),
-        "idle/delay_s": idle.delay_seconds,
-    }
+    """`idle/` figures of an RL step of several ranks; see `IdleShares`."""
+    shares = idle_shares(ranks)
+    return {"idle/share_before": shares.before, "idle/share_after": shares.after}

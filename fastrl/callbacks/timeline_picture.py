@@ -23,7 +23,7 @@ from fastrl.callbacks.timeline_spans import (
     UPDATE,
     WAITING,
     RankStep,
-    idle_time,
+    idle_shares,
     joined,
     waits,
 )
@@ -125,9 +125,9 @@ def _colour(name: str) -> str | tuple[float, float, float, float]:
 def _title(ranks: Sequence[RankStep], rl_step: int) -> str:
     title = f"RL step {rl_step}"
     if len(ranks) > 1:
-        idle = idle_time(ranks)
+        idle = idle_shares(ranks)
         title += (
-            f": waiting for others' rollouts {idle.share_before:.0%} of the ranks' time, "
-            f"{idle.share_after:.0%} after the drafter's training"
+            f": waiting for others' rollouts {idle.before:.0%} of the ranks' time, "
+            f"{idle.after:.0%} without the drafter's training in it"
         )
     return title

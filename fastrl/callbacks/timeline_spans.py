@@ -1,8 +1,8 @@
 """What each rank did in an RL step, side by side, and what follows from it for idle ranks.
 
-A rank that has generated and scored its responses is idle until the last one has. What of that
-time the drafter's training took was free; where it went on beyond, it delayed the step. Nothing
-here imports Lightning, or knows where spans come from (timeline.py).
+A rank that has generated and scored its responses is idle until the last one has; what of that
+time the drafter's training took was free. Nothing here imports Lightning, or knows where spans come
+from (timeline.py).
 """
 
 from __future__ import annotations
@@ -47,64 +47,25 @@ class RankStep:
         ends = [span.end_s for span in self.phases if span.name in (ROLLOUT, REWARD)]
         return self.clock_offset_s + max(ends)
 
-    def drafter_seconds(self, start_s: float, end_s: float) -> float:
-        """Of the drafter's training between two times on the clock of all ranks."""
-        own_start, own_end = start_s - self.clock_offset_s, end_s - self.clock_offset_s
-        return sum(
-            max(min(span.end_s, own_end) - max(span.start_s, own_start), 0.0)
-            for span in self.drafter
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IdleTime:
-    """Of all ranks together, in an RL step."""
+class IdleShares:
+    """Of all ranks' time together, in an RL step."""
 
-    rank_seconds: float
-    """Of the step, summed over ranks."""
-    idle_seconds: float
-    """From when a rank has finished to when the last one has, summed over ranks."""
-    trained_seconds: float
-    """Of those, in which the drafter was trained."""
-    num_free_steps: int
-    """The drafter's spans that began in them."""
-    delay_seconds: float
-    """From when the last rank has finished to the end of the last of those spans: what the others'
-    update waited for."""
-
-    @property
-    def share_before(self) -> float:
-        """Of the ranks' time that is idle without training."""
-        return self.idle_seconds / self.rank_seconds if self.rank_seconds else 0.0
-
-    @property
-    def share_after(self) -> float:
-        """Of the ranks' time in which nothing was done."""
-        left = self.idle_seconds - self.trained_seconds
-        return left / self.rank_seconds if self.rank_seconds else 0.0
+    before: float
+    """Between when a rank has finished and when the last one has."""
+    after: float
+    """Of that, in which the drafter was not trained either."""
 
 
-def idle_time(ranks: Sequence[RankStep]) -> IdleTime:
-    """What ranks waited for one another's rollouts, and what became of it."""
+def idle_shares(ranks: Sequence[RankStep]) -> IdleShares:
+    """What ranks waited for one another's rollouts, and what is left of it."""
     step_seconds = max(rank.end_s for rank in ranks) - min(rank.start_s for rank in ranks)
     last_s = max(rank.finished_s for rank in ranks)
-    idle = trained = delay = 0.0
-    num_free = 0
-    for rank in ranks:
-        idle += last_s - rank.finished_s
-        trained += rank.drafter_seconds(rank.finished_s, last_s)
-        for span in rank.drafter:
-            start_s, end_s = (rank.clock_offset_s + one for one in (span.start_s, span.end_s))
-            if rank.finished_s <= start_s < last_s:
-                num_free += 1
-                delay = max(delay, end_s - last_s)
-    return IdleTime(
-        rank_seconds=step_seconds * len(ranks),
-        idle_seconds=idle,
-        trained_seconds=trained,
-        num_free_steps=num_free,
-        delay_seconds=delay,
-    )
+    idle = sum(last_s - rank.finished_s for rank in ranks)
+    left = sum(span.seconds for spans in waits(ranks) for span in spans)
+    total = step_seconds * len(ranks)
+    return IdleShares(before=idle / total, after=left / total)
 
 
 def waits(ranks: Sequence[RankStep]) -> list[tuple[Span, ...]]:

@@ -4,6 +4,10 @@ A batch is made when it is asked for, and Lightning asks after the previous step
 loaders are sized, and Lightning prefetches unsized ones only. So rollouts come from the current
 policy (lag 0).
 
+Ranks that have scored their training responses while others have not have idle time, which is
+handed to `on_idle`; all go on together. Between the batches of a validation ranks do not wait for
+one another, so there is none.
+
 The engine and the reward workers start on first use, because `setup` runs before a checkpoint is
 restored, and they end with the run, however it ends. Leaves out how rollouts are generated
 (fastrl/rollout).
@@ -32,6 +36,7 @@ from fastrl.datamodules.streams import BatchLoader, load_batches
 from fastrl.model_files import resolve_model
 from fastrl.rollout.architecture import architecture_of_folder, differences
 from fastrl.rollout.engine import RolloutEngine
+from fastrl.rollout.rank_board import IdleHook, IdleTime, RankBoard
 from fastrl.types import PolicySource, Prompt, RolloutBatch, SamplingParams, Span
 
 _SHORTEST_PHASE_S = 1e-5
@@ -61,6 +66,8 @@ class RolloutDataModule(pl.LightningDataModule):
         max_prompt_tokens: Longer prompts, chat template included, are left out and counted.
         reward_workers: Worker processes that score responses.
         reward_timeout_s: Time limit of each score in seconds; beyond it a response scores 0.
+        rank_timeout_s: Longest that a rank which has finished its share of a step's responses waits
+            for the others, in seconds; then the run ends with the names of those missing.
         seed: Seeds the order of prompts and the randomness of every token; `seed_everything` on the
             command line.
     """
@@ -84,6 +91,7 @@ class RolloutDataModule(pl.LightningDataModule):
         max_prompt_tokens: int = 1024,
         reward_workers: int = 2,
         reward_timeout_s: float = 5.0,
+        rank_timeout_s: float = 3600.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -100,6 +108,10 @@ class RolloutDataModule(pl.LightningDataModule):
                 "prompt are all the same; set data.sampling.temperature, e.g. to 1 "
                 "(data.val_sampling may be greedy)"
             )
+        if rank_timeout_s <= 0:
+            raise ValueError(
+                f"rank_timeout_s must be > 0, got {rank_timeout_s}; set data.rank_timeout_s"
+            )
         self.model_path = resolve_model(model_path)
         self.prompts = prompts
         self.engine = engine
@@ -111,6 +123,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.val_num_samples = val_num_samples
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
+        self.rank_timeout_s = rank_timeout_s
         self.seed = seed
         self.rewards = RewardPool(reward, num_workers=reward_workers, timeout_s=reward_timeout_s)
         self._cursor = PromptCursor()
@@ -119,6 +132,12 @@ class RolloutDataModule(pl.LightningDataModule):
         self.on_published: Callable[[], None] | None = None
         """Called before each generation, when the engine has the weights that it is to use: what
         holds them against the policy's."""
+        self.on_idle: IdleHook | None = None
+        """Given the time in which this rank has finished a training step's rollouts and others have
+        not: what trains the drafter."""
+        self.idle_time: IdleTime | None = None
+        """Of the last training batch."""
+        self._board: RankBoard | None = None  # from the first start on
         self._pad_token_id = 0
         self._is_started = False
         self._has_published = False
@@ -219,7 +238,11 @@ class RolloutDataModule(pl.LightningDataModule):
     def _training_batch(self) -> RolloutBatch:
         rl_step = self._policy.rl_step
         return self._make_batch(
-            self._step_prompts(rl_step), self.sampling, self.group_size, stream=rl_step
+            self._step_prompts(rl_step),
+            self.sampling,
+            self.group_size,
+            stream=rl_step,
+            is_training=True,
         )
 
     def _held_out_batch(self, prompts: Sequence[Prompt]) -> RolloutBatch:
@@ -231,6 +254,7 @@ class RolloutDataModule(pl.LightningDataModule):
         A callback that pushes a drafter before the first rollout calls it beforehand.
         """
         if not self._is_started:
+            self._board = RankBoard.join(self.rank_timeout_s)
             self.engine.start(self.model_path)
             self._is_started = True
             if self._engine_state is not None:
@@ -238,11 +262,21 @@ class RolloutDataModule(pl.LightningDataModule):
             self.rewards.start()
 
     def _make_batch(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, num_samples: int, *, stream: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        num_samples: int,
+        *,
+        stream: int,
+        is_training: bool = False,
     ) -> RolloutBatch:
-        """Publish → generate → score → collate. `stream` is the RL step that seeds the
-        randomness."""
+        """Publish → generate → score → wait for other ranks, in training → collate. `stream` is the
+        RL step that seeds the randomness."""
         started = time.perf_counter()
+        self.ensure_started()
+        board = self._board if is_training else None
+        if board is not None:
+            board.begin()
         self.publish_policy()
         published = time.perf_counter()
         if self.on_published is not None:
@@ -256,6 +290,14 @@ class RolloutDataModule(pl.LightningDataModule):
             [rollout.text for rollout in rollouts], [rollout.prompt for rollout in rollouts]
         )
         scored = time.perf_counter()
+        timings = {
+            "publish": published - started,
+            "rollout": generated - checked,
+            "reward": scored - generated,
+        }
+        if board is not None:
+            self.idle_time = board.pass_idle_time(self.on_idle)
+            timings["idle"] = self.idle_time.seconds
         return collate(
             rollouts,
             reward_results,
@@ -263,11 +305,7 @@ class RolloutDataModule(pl.LightningDataModule):
             rl_step=self._policy.rl_step,
             pad_token_id=self._pad_token_id,
             stats=self.engine.stats(),
-            timings={
-                "publish": published - started,
-                "rollout": generated - checked,
-                "reward": scored - generated,
-            },
+            timings=timings,
             spans=_spans(
                 ("publish", started, published),
                 ("health", published, checked),
@@ -321,7 +359,9 @@ class RolloutDataModule(pl.LightningDataModule):
         self._close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """The same when training fails, or is stopped with Ctrl-C."""
+        """The same when training fails, or is stopped with Ctrl-C; other ranks are told."""
+        if self._board is not None:
+            self._board.fail(exception)
         self._close()
 
     def _close(self) -> None:
@@ -329,6 +369,7 @@ class RolloutDataModule(pl.LightningDataModule):
         if self._is_started:
             self._engine_state = self.engine.state_dict()
         self._is_started = self._has_published = False
+        self._board = None
         self.engine.close()
 
 

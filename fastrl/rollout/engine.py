@@ -6,7 +6,7 @@ contract tests run over both. Nothing here imports Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,17 +14,6 @@ from torch import Tensor
 
 from fastrl.rollout.weight_differences import WeightDifference
 from fastrl.types import DraftStrategy, EngineStats, Prompt, Rollout, SamplingParams, StepStats
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IdleWindow:
-    """Time that an engine has no use for: it has finished, and others have not."""
-
-    should_stop: Callable[[], bool]
-    """Ask after every micro-step; once true, return at once."""
-
-
-IdleHook = Callable[[IdleWindow], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +78,6 @@ class RolloutEngine(Protocol):
     drafter_path: str | None
     """Checkpoint folder of the drafter it speculates with; None: only n-gram strategies can."""
     strategy_selector: StrategySelector
-    on_idle: IdleHook | None
-    """Given the time in which this rank has finished generating and others have not."""
 
     def start(self, model_path: str) -> None:
         """Load model, tokenizer and drafter; after process groups exist."""
@@ -155,7 +142,7 @@ class RolloutEngine(Protocol):
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int = 0
     ) -> list[Rollout]:
         """One response a prompt, for a check: what is remembered of rollouts, `stats` among it,
-        does not hold it, nor does `on_idle` follow it."""
+        does not hold it."""
         ...
 
     def reject_drafter(self, reason: str) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastrl.rollout.bandit import FixedStrategy, InTurns
 from fastrl.rollout.drafter_health import DrafterWatch
-from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
+from fastrl.rollout.engine import StrategySelector, WeightEvents
 from fastrl.rollout.engine_group import EngineGroup
 from fastrl.rollout.sglang_adaptation import check_in_pool, generate_under, take_back
 from fastrl.rollout.sglang_arguments import checked_strategies, strategy_pool
@@ -100,9 +100,6 @@ class SGLangEngine:
     ) -> None:
         self.drafter_path = drafter_path
         self.strategy_selector: StrategySelector = FixedStrategy(strategy)
-        self.on_idle: IdleHook | None = None
-        self.others_generate: Callable[[], bool] = _nobody
-        """Whether other ranks still generate; set by whoever coordinates ranks."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._options = SGLangOptions(
@@ -384,8 +381,6 @@ class SGLangEngine:
         rollouts, stats = self._answer(call, self.strategy_selector)
         self._drafter_watch.look(stats)
         self._stats = dataclasses.replace(stats, drafter_failures=self._drafter_watch.take())
-        if self.on_idle is not None and self.others_generate():
-            self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
         return rollouts
 
     def _answer(
@@ -465,7 +460,3 @@ class SGLangEngine:
             raise ValueError(
                 "generate: SGLang was not started for hidden states; set engine.hidden_states: true"
             )
-
-
-def _nobody() -> bool:
-    return False

@@ -26,7 +26,7 @@ from fastrl.callbacks.feature_buffer import BufferSettings
 from fastrl.callbacks.time_budget import TimeBudget
 from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loss import LossSettings
-from fastrl.rollout.engine import IdleHook, IdleWindow
+from fastrl.rollout.rank_board import IdleHook, IdleTime, IdleWindow
 from fastrl.types import RolloutBatch, SamplingParams, SequenceFeatures
 from tests.recording_logger import RecordingLogger
 
@@ -46,7 +46,6 @@ class FakeEngine:
 
     def __init__(self, drafter_path: str | None) -> None:
         self.drafter_path = drafter_path
-        self.on_idle: IdleHook | None = None
         self.is_started = False
         self.published: list[tuple[int, dict[str, Tensor]]] = []
         self.served: dict[str, Tensor] = {}
@@ -65,6 +64,8 @@ class FakeRollouts(LightningDataModule):
         self.seed = seed
         self.engine = engine
         self.num_rl_steps = num_rl_steps
+        self.on_idle: IdleHook | None = None
+        self.idle_time: IdleTime | None = None
         self.idle_window: IdleWindow | None = None
 
     def ensure_started(self) -> None:
@@ -76,9 +77,9 @@ class FakeRollouts(LightningDataModule):
     def rollout(self, _: list[int]) -> RolloutBatch:
         self.ensure_started()
         rl_step = self.trainer.lightning_module.rl_step
-        if self.engine.on_idle is not None and self.idle_window is not None:
+        if self.on_idle is not None and self.idle_window is not None:
             with torch.inference_mode():
-                self.engine.on_idle(self.idle_window)
+                self.on_idle(self.idle_window)
         generator = torch.Generator().manual_seed(rl_step)
         tokens_BT = torch.randint(VOCAB_SIZE, (4, 12), generator=generator)
         everywhere = torch.ones_like(tokens_BT, dtype=torch.bool)
@@ -228,7 +229,11 @@ def window_of(num_polls: int) -> IdleWindow:
             return True
         return False
 
-    return IdleWindow(should_stop=should_stop)
+    return idle_window(should_stop)
+
+
+def idle_window(should_stop: Callable[[], bool], num_idle_ranks: int = 1) -> IdleWindow:
+    return IdleWindow(should_stop=should_stop, num_idle_ranks=lambda: num_idle_ranks)
 
 
 def recorded_metrics(names: list[str], into: list[list[float]]) -> Watch:
@@ -370,7 +375,7 @@ def test_idle_time_is_used_until_the_window_closes_and_counts_against_the_budget
         steps_at_window.append(len(callback._losses))
         return open_for_two.should_stop()
 
-    fit(callback, drafter_path, 3, others=[watch], idle_window=IdleWindow(should_stop=should_stop))
+    fit(callback, drafter_path, 3, others=[watch], idle_window=idle_window(should_stop))
     assert rows == [[3], [3], [3]]
     assert steps_at_window == [0, 1, 2, 0, 1, 2]
 
@@ -390,9 +395,41 @@ def test_a_closed_window_allows_no_step(drafter_path: str) -> None:
         drafter_path,
         3,
         others=[watch],
-        idle_window=IdleWindow(should_stop=lambda: True),
+        idle_window=idle_window(lambda: True),
     )
     assert rows == [[0], [0], [0]]
+
+
+def test_idle_training_waits_for_as_many_idle_ranks_as_it_is_told(drafter_path: str) -> None:
+    """And not beyond the window's end."""
+    callback = small_callback()
+    fit(callback, drafter_path, 1)
+    callback.min_idle_ranks = 3
+    counts = iter([1, 1, 2, 3])
+    window = window_of(5)
+    callback._train_while_idle(
+        IdleWindow(should_stop=window.should_stop, num_idle_ranks=lambda: next(counts))
+    )
+    assert callback._idle_work.num_steps == 2  # three of the five questions went by before
+    callback._train_while_idle(idle_window(lambda: True, num_idle_ranks=2))
+    assert callback._idle_work.num_steps == 2
+
+
+def test_without_idle_in_when_nobody_trains_in_idle_time(drafter_path: str) -> None:
+    rows: list[list[float]] = []
+    watch = recorded_metrics(["drafter/num_steps"], into=rows)
+    callback = small_callback(when=("batch_end",))
+    fit(callback, drafter_path, 3, others=[watch], idle_window=window_of(7))
+    assert rows == [[3], [3], [3]]
+
+
+def test_without_batch_end_in_when_only_idle_time_is_used(drafter_path: str) -> None:
+    rows: list[list[float]] = []
+    watch = recorded_metrics(["drafter/num_steps"], into=rows)
+    callback = small_callback(when=("idle",), steps_per_batch=None)
+    engine, _ = fit(callback, drafter_path, 3, others=[watch], idle_window=window_of(2))
+    assert rows == [[0], [2], [2]]
+    assert [version for version, _ in engine.published] == [1]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_culprit(drafter_path: str) -> None:
@@ -406,13 +443,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_culprit(drafter_p
 
     with pytest.raises(FloatingPointError, match=r"after RL step 2: loss nan.*\['fc\.weight'\]"):
         fit(callback, drafter_path, 4, others=[Poison()])
-    drafter, _ = callback._learner()
-    assert all(weight.isfinite().all() for _, weight in drafter.named_weights())
+    assert all(weight.isfinite().all() for weight in callback._learner().weights().values())
 
 
 def test_hook_and_feature_collection_end_with_the_fit(drafter_path: str) -> None:
-    engine, module = fit(small_callback(), drafter_path, 1)
-    assert engine.on_idle is None
+    _, module = fit(small_callback(), drafter_path, 1)
+    assert module.trainer.datamodule.on_idle is None
     assert not module.collect_features
 
 
@@ -538,9 +574,9 @@ class TimedTraining(DrafterTraining):
 
     now = 0.0
 
-    def _train_on(self, policy: Any) -> list[float]:
+    def _train(self) -> list[float]:
         self.now += 1.0
-        return super()._train_on(policy)
+        return super()._train()
 
 
 class TimedRollouts(Callback):

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastrl.callbacks import Timeline
 from fastrl.callbacks.timeline_picture import picture
-from fastrl.callbacks.timeline_spans import RankStep, idle_time
+from fastrl.callbacks.timeline_spans import RankStep
 from fastrl.callbacks.timeline_trace import append_step, read, span_of
 from fastrl.types import EngineStats, RolloutBatch, Span
 from tests.callbacks.test_timeline_spans import rank, span
@@ -39,6 +39,8 @@ class TimedPolicy(FakePolicy):
 class TimedRollouts(FakeRollouts):
     """Rank 1 generates for longer than rank 0, which then waits."""
 
+    training: Training
+
     def make(self) -> RolloutBatch:
         assert self.trainer is not None
         started = time.perf_counter()
@@ -49,6 +51,10 @@ class TimedRollouts(FakeRollouts):
         )
         time.sleep(seconds)
         rollout = Span(name="rollout", start_s=started, seconds=time.perf_counter() - started)
+        waits = self.trainer.world_size > 1 and self.trainer.is_global_zero
+        if waits and self.trainer.training:
+            # While it waits: when the step before is not complete yet.
+            self.training.spans += (Span(name="drafter", start_s=rollout.end_s, seconds=0.15),)
         self.trainer.strategy.barrier()  # as the update would wait
         batch = make_batch(EngineStats(spans=spans))
         rl_step = self.trainer.lightning_module.rl_step
@@ -56,22 +62,18 @@ class TimedRollouts(FakeRollouts):
 
 
 class Training(Callback):
-    """After rank 0's own end: half of what it waits for."""
+    """What it did in half of the time that rank 0 waits."""
+
+    spans: tuple[Span, ...] = ()
 
     def take_spans(self) -> tuple[Span, ...]:
-        (rollout,) = self.batch.spans
-        if not self.waits:
-            return ()
-        return (Span(name="drafter", start_s=rollout.end_s, seconds=0.15),)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.batch = batch
-        self.waits = trainer.world_size > 1 and trainer.is_global_zero
+        spans, self.spans = self.spans, ()
+        return spans
 
 
-def fit(folder: Path, num_steps: int, *, devices: int = 1, **options: Any) -> Trainer:
+def fit(folder: Path, num_steps: int, *, devices: int = 1, **options: Any) -> None:
+    data, training = TimedRollouts("tiny", num_steps=num_steps), Training()
+    data.training = training
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -79,14 +81,13 @@ def fit(folder: Path, num_steps: int, *, devices: int = 1, **options: Any) -> Tr
         max_epochs=1,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder),
-        callbacks=[Timeline(**options), Training()],
+        callbacks=[Timeline(**options), training],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    trainer.fit(TimedPolicy("tiny"), datamodule=TimedRollouts("tiny", num_steps=num_steps))
-    return trainer
+    trainer.fit(TimedPolicy("tiny"), datamodule=data)
 
 
 def trace_of(folder: Path) -> list[dict[str, Any]]:
@@ -133,7 +134,13 @@ def test_two_ranks_are_side_by_side_and_what_they_waited_is_logged(tmp_path: Pat
     assert len(before) == 2
     assert all(0.1 < share < 0.5 for share in before)
     assert all(low < high for low, high in zip(after, before, strict=True))
-    assert [event.value for event in scalars.Scalars("idle/free_drafter_steps")] == [1, 1]
+    for rl_step in (1, 2):
+        own = {
+            event["name"]: span_of(event)
+            for event in events
+            if event["pid"] == 0 and event["args"]["rl_step"] == rl_step
+        }
+        assert own["rollout"].end_s - 1e-3 < own["drafter"].start_s < own["update"].start_s
     assert scalars.Images("timeline")
 
 
@@ -181,7 +188,6 @@ def test_what_some_other_callback_did_is_drawn_too() -> None:
         drafter=(span("evaluation", 12, 19),),
     )
     assert picture([other], 1).size
-    assert idle_time([other]).num_free_steps == 0
 
 
 def test_every_step_at_least() -> None:

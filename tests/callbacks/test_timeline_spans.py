@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fastrl.callbacks.timeline_spans import RankStep, idle_time, joined, waits
+from fastrl.callbacks.timeline_spans import RankStep, idle_shares, joined, waits
 from fastrl.types import Span
 
 
@@ -32,36 +32,23 @@ def rank(
     )
 
 
-def test_idle_time_is_from_a_ranks_own_end_to_the_last_ones() -> None:
-    ranks = [rank(11), rank(5, ((6, 8), (8, 10.5))), rank(8)]
-    idle = idle_time(ranks)
-    assert idle.rank_seconds == 60
-    assert idle.idle_seconds == 6 + 3
-    assert idle.trained_seconds == 4.5
-    assert idle.num_free_steps == 2
-    assert idle.delay_seconds == 0
-    assert idle.share_before == pytest.approx(9 / 60)
-    assert idle.share_after == pytest.approx(4.5 / 60)
+def test_idle_time_is_from_when_a_rank_has_finished_to_when_the_last_one_has() -> None:
+    shares = idle_shares([rank(11), rank(5, ((6, 8), (8, 10.5))), rank(8)])
+    assert shares.before == pytest.approx((6 + 3) / 60)
+    assert shares.after == pytest.approx((1.5 + 3) / 60)
 
 
-def test_training_that_goes_on_beyond_delays_and_is_not_free() -> None:
-    idle = idle_time([rank(11), rank(5, ((10, 11.5),))])
-    assert idle.trained_seconds == 1
-    assert idle.delay_seconds == 0.5
-
-
-def test_training_at_the_batchs_end_is_neither_free_nor_a_delay() -> None:
-    idle = idle_time([rank(11), rank(5, ((20, 25),))])
-    assert (idle.trained_seconds, idle.num_free_steps, idle.delay_seconds) == (0, 0, 0)
-    assert idle.rank_seconds == 50
+def test_training_beyond_idle_time_is_not_taken_off_it() -> None:
+    shares = idle_shares([rank(11), rank(5, ((10, 11.5), (20, 25)))])
+    assert shares.before == pytest.approx(6 / 50)
+    assert shares.after == pytest.approx(5 / 50)
 
 
 def test_machines_whose_clocks_differ_are_set_side_by_side() -> None:
-    here = idle_time([rank(11), rank(5, ((6, 8),))])
-    elsewhere = idle_time([rank(11), rank(5, ((6, 8),), clock=1e6)])
-    assert elsewhere.idle_seconds == pytest.approx(here.idle_seconds)
-    assert elsewhere.trained_seconds == pytest.approx(here.trained_seconds)
-    assert elsewhere.rank_seconds == pytest.approx(here.rank_seconds)
+    here = idle_shares([rank(11), rank(5, ((6, 8),))])
+    elsewhere = idle_shares([rank(11), rank(5, ((6, 8),), clock=1e6)])
+    assert elsewhere.before == pytest.approx(here.before)
+    assert elsewhere.after == pytest.approx(here.after)
 
 
 def test_waits_and_training_fill_the_idle_time_exactly() -> None:

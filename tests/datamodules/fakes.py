@@ -18,7 +18,7 @@ from fastrl.datamodules.prompts import (
     split_disjoint,
 )
 from fastrl.datamodules.rewards import RewardFunction
-from fastrl.rollout.engine import CostQuery, IdleHook, StrategySelector, WeightEvents
+from fastrl.rollout.engine import CostQuery, StrategySelector, WeightEvents
 from fastrl.rollout.sampling import request_key
 from fastrl.rollout.weight_differences import WeightDifference
 from fastrl.types import (
@@ -73,7 +73,6 @@ class FakeEngine:
     def __init__(self) -> None:
         self.drafter_path: str | None = None
         self.strategy_selector: StrategySelector = AlwaysOff()
-        self.on_idle: IdleHook | None = None
         self.calls: list[GenerateCall] = []
         self.num_starts = 0
         self.num_loads = 0

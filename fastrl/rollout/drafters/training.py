@@ -43,18 +43,21 @@ def shared_weights(target: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def row_loss(
-    drafter: EagleDrafter, target: PreTrainedModel, packed: PackedFeatures, settings: LossSettings
+    drafter: EagleDrafter,
+    target: PreTrainedModel | tuple[Tensor, Tensor],
+    packed: PackedFeatures,
+    settings: LossSettings,
 ) -> EagleLoss:
     """Loss over one packed row, computed where the drafter is and in its dtype.
 
     Args:
         drafter: under training.
-        target: whose hidden states are packed.
+        target: whose hidden states are packed, or what of it is shared (`shared_weights`).
         packed: at least one pair in its loss mask; folded or not.
         settings: depths, and what counts how much.
     """
     parameter = next(drafter.parameters())
-    embedding_VD, lm_head_VD = shared_weights(target)
+    embedding_VD, lm_head_VD = target if isinstance(target, tuple) else shared_weights(target)
     return eagle_loss(
         drafter,
         embedding_VD,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from fastrl.rollout.drafters.eagle import EagleDrafter
 from fastrl.rollout.drafters.loading import load_drafter
 from fastrl.rollout.drafters.response_store import ResponseStore
 from fastrl.rollout.end_of_sequence import eos_token_ids
-from fastrl.rollout.engine import IdleHook, IdleWindow, StrategySelector, WeightEvents
+from fastrl.rollout.engine import StrategySelector, WeightEvents
 from fastrl.rollout.sampling import request_key
 from fastrl.rollout.torch_engine.drafting import EagleDrafting
 from fastrl.rollout.torch_engine.generation import Generation
@@ -82,9 +82,6 @@ class TorchEngine:
             raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
         self.drafter_path = drafter_path
         self.strategy_selector: StrategySelector = FixedStrategy(strategy)
-        self.on_idle: IdleHook | None = None
-        self.others_generate: Callable[[], bool] = _nobody
-        """Whether other ranks still generate; set by whoever coordinates ranks."""
         self._max_batch_size = max_batch_size
         self._dtype = getattr(torch, dtype)
         if device == "auto":
@@ -291,8 +288,6 @@ class TorchEngine:
         stats = generation.statistics.result(perf_counter() - started)
         self._stats = dataclasses.replace(stats, drafter_failures=tuple(self._failures))
         self._failures.clear()
-        if self.on_idle is not None and self.others_generate():
-            self.on_idle(IdleWindow(should_stop=lambda: not self.others_generate()))
         return rollouts
 
     def _generation(
@@ -402,10 +397,6 @@ class TorchEngine:
     def _exclude_learned(self) -> None:
         selector = self.strategy_selector
         selector.exclude([one for one in selector.strategies if one.needs_learned_drafter])
-
-
-def _nobody() -> bool:
-    return False
 
 
 def _requests(

@@ -213,23 +213,6 @@ def test_spans_tell_what_followed_what(engine):
     assert prefill_s > 0.5 * stats.prefill_seconds
 
 
-def test_idle_time_is_handed_over_while_others_generate(engine):
-    polls = []
-    engine.others_generate = lambda: len(polls) < 3
-    stopped_after = []
-
-    def train(window):
-        while not window.should_stop():
-            polls.append("micro-step")
-        stopped_after.append(len(polls))
-
-    engine.on_idle = train
-    engine.generate(make_prompts(1), SamplingParams(max_tokens=3))
-    assert stopped_after == [3]
-    engine.generate(make_prompts(1), SamplingParams(max_tokens=3))
-    assert stopped_after == [3]  # nobody generates: no idle time
-
-
 def test_generation_can_go_on_after_an_interrupted_call(engine):
     expected = engine.generate(make_prompts(2), LONG)
 
