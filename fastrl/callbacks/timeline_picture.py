@@ -1,8 +1,8 @@
 """A picture of an RL step: time to the right, a row for each rank, a bar for what it did.
 
 Above, in each row, the training loop's phases; in the middle the engine's, with what the rank then
-waited for the others' rollouts; below the drafter's training. Trees are green, the deeper the
-darker; plain decoding is blue.
+waited for the others' rollouts; below the drafter's training. Trees are green, those of n-grams
+turquoise, the deeper the darker; plain decoding is blue.
 """
 
 from __future__ import annotations
@@ -116,10 +116,13 @@ def _colour(name: str) -> str | tuple[float, float, float, float]:
     if (colour := _COLOURS.get(name)) is not None:
         return colour
     try:
-        depth = DraftStrategy.parse(name).depth
+        strategy = DraftStrategy.parse(name)
     except ValueError:
         return _OTHER
-    return mpl.colormaps["Greens"](0.35 + 0.6 * min(depth, _DEEPEST) / _DEEPEST)
+    share = min(strategy.depth, _DEEPEST) / _DEEPEST
+    if strategy.drafter == "ngram":
+        return mpl.colormaps["GnBu"](0.35 + 0.3 * share)
+    return mpl.colormaps["Greens"](0.35 + 0.6 * share)
 
 
 def _title(ranks: Sequence[RankStep], rl_step: int) -> str:
