@@ -7,8 +7,10 @@ co-training and publications are real. Generation alone is not: it is a sleep as
 longest of the rank's responses, as if it ran on a device of the rank's own; on a machine with
 fewer cores than ranks it would fight with training for them. Responses are random tokens.
 
-    python scripts/bench_idle.py --num_ranks 4 --num_pairs 12 --json bench_idle.json
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 \\
+        python scripts/bench_idle.py --seconds_per_token 0.04 --num_pairs 8 --json bench_idle.json
 
+With glibc's own settings memory that training has given back costs the update after it some time.
 Leaves out how much better the drafter becomes.
 """
 

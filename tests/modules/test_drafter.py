@@ -125,7 +125,7 @@ def test_warm_up_and_co_training_have_the_same_loss_and_gradients_on_the_same_ba
     module, logged = warmed_up(tmp_path, row)
     for name in LOSS_NAMES:
         assert logged[f"warmup/{name}"] == pytest.approx(co_logged[f"drafter/{name}"], rel=1e-6)
-    co_drafter = callback._learner()[0]
+    co_drafter = callback._learner().drafter
     for (name, ours), (_, theirs) in zip(
         module.drafter.named_parameters(), co_drafter.named_parameters(), strict=True
     ):
@@ -141,10 +141,10 @@ def test_the_optimizer_is_that_of_co_training(tmp_path: Path) -> None:
     callback, _, drawn = co_trained(tmp_path)
     module, _ = warmed_up(tmp_path, pack_sequences(drawn, TOKENS_PER_STEP))
     (ours,) = module.trainer.optimizers[0].param_groups
-    (theirs,) = callback._learner()[1].param_groups
+    (theirs,) = callback._learner().optimizer.param_groups
     for name in ("lr", "betas", "eps", "weight_decay", "amsgrad"):
         assert ours[name] == theirs[name], name
-    assert type(module.trainer.optimizers[0]) is type(callback._learner()[1])
+    assert type(module.trainer.optimizers[0]) is type(callback._learner().optimizer)
 
 
 # ---- a run
