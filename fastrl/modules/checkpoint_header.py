@@ -15,7 +15,7 @@ from fastrl.rollout.architecture import architecture, differences
 
 KEY = "fastrl"
 """Where the header is in a checkpoint."""
-FORMAT = 5
+FORMAT = 6
 """Grows with a change of any part's state after which code and checkpoint do not understand one
 another. 2: what the model-based bandit keeps of acceptance and step times, by bucket. 3: a step's
 histograms and texts, its heat map, if it is not drawn yet, and estimates of acceptance that a
