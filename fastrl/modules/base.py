@@ -98,7 +98,7 @@ class PolicyModule(LightningModule, ABC):
             k1 is unbiased and takes k2's gradient.
         entropy_coef: Weight of the entropy bonus in the loss.
         sharding: How the policy is spread over the ranks of ModelParallelStrategy (FSDP2), and what
-            is recomputed in its backward.
+            is recomputed in its backward; null: the defaults.
     """
 
     policy: PreTrainedModel
@@ -122,7 +122,7 @@ class PolicyModule(LightningModule, ABC):
         kl_coef: float = 0.0,
         kl_estimator: KLEstimator = "k3",
         entropy_coef: float = 0.0,
-        sharding: ShardingSettings = ShardingSettings(),  # noqa: B008 (frozen)
+        sharding: ShardingSettings | None = None,
     ) -> None:
         super().__init__()
         self.model_path = resolve_model(model_path)
@@ -144,7 +144,7 @@ class PolicyModule(LightningModule, ABC):
         self.kl_coef = kl_coef
         self.kl_estimator: KLEstimator = kl_estimator
         self.entropy_coef = entropy_coef
-        self.sharding = sharding
+        self.sharding = sharding or ShardingSettings()
 
         self.automatic_optimization = False
         self.rl_step = 0
