@@ -255,6 +255,40 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path: Path, place:
     assert list(tmp_path.rglob("last.ckpt"))  # of a whole step before
 
 
+class DyingInUpdate(Callback):
+    """Kills a rank between a rollout and its update, where the others wait in a collective."""
+
+    def __init__(self, victim: int) -> None:
+        self.victim = victim
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if module.rl_step == 1 and trainer.global_rank == self.victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_in_which_a_rank_dies_in_an_update(folder: str, victim: int) -> None:
+    others = (DyingInUpdate(victim),)
+    error = raised(
+        lambda: fit(folder, make_training(), make_data(NUM_STEPS), others=others, num_ranks=2)
+    )
+    (Path(folder) / f"raised{rank_of_process()}").write_text(" ".join(error))
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("victim", "told"),
+    [(0, "Rank 0 keeps it"), (1, "rank 1 has ended: it last wrote 'done' in rollout 2")],
+)
+def test_an_error_of_a_collective_names_the_rank_that_was_killed(
+    tmp_path: Path, victim: int, told: str
+) -> None:
+    with pytest.raises(AssertionError, match="exit statuses"):
+        run_ranks(run_in_which_a_rank_dies_in_an_update, tmp_path, str(tmp_path), victim)
+    message = (tmp_path / f"raised{1 - victim}").read_text()
+    assert told.lower() in message.lower()
+    assert "resume with --ckpt_path last" in message
+
+
 class FailingTraining(DrafterTraining):
     """Raises in idle time, on one rank."""
 
