@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from fastrl.callbacks import DrafterTraining, StepCheckpoint
 from fastrl.callbacks.drafter_ranks import seed_of_rank
@@ -127,7 +128,7 @@ def fit(
         logger=logger,
         log_every_n_steps=1,
         callbacks=[training, recorder, *others],
-        enable_checkpointing=any(isinstance(one, StepCheckpoint) for one in others),
+        enable_checkpointing=any(isinstance(one, Checkpoint) for one in others),
         enable_progress_bar=False,
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
@@ -406,6 +407,18 @@ def test_a_resumed_run_of_two_ranks_goes_on_with_each_ranks_own_state(
     names = sorted(path.name for path in folder.rglob("drafter-step*"))
     # Those of the last checkpoint, and of the one before it, which last.ckpt would need.
     assert names == ["drafter-step2-rank1.ckpt", "drafter-step3-rank1.ckpt"]
+
+
+def run_with_lightnings_checkpoints(folder: str) -> None:
+    saver = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1)
+    fit(folder, make_training(), make_data(4), others=(saver,), num_ranks=2)
+
+
+def test_no_file_of_a_rank_is_deleted_where_lightning_names_checkpoints(tmp_path: Path) -> None:
+    run_ranks(run_with_lightnings_checkpoints, tmp_path / "ranks", str(tmp_path / "run"))
+    assert len(list((tmp_path / "run").rglob("epoch=*.ckpt"))) == 4
+    names = sorted(path.name for path in (tmp_path / "run").rglob("drafter-step*"))
+    assert names == [f"drafter-step{step}-rank1.ckpt" for step in (1, 2, 3, 4)]
 
 
 def test_one_rank_goes_on_with_what_two_had_in_common(
