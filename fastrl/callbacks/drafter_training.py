@@ -210,6 +210,7 @@ class DrafterTraining(Callback):
         source.feature_layers = self._learner().drafter.feature_layers
         if "idle" in self.when:
             _rollout_source(trainer).on_idle = self._train_while_idle
+        self.budget.resume()  # an epoch that is gone on with has no start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The RL step's time counts from here."""

@@ -2,8 +2,9 @@
 
 Lightning saves the state of rank 0 alone. Files are named by RL step and rank and written, whole
 and with a checksum, before the checkpoint that needs them, which says that there are some; a rank
-deletes its own once no checkpoint of the folder needs them. On another number of ranks a run goes
-on with what they had in common. Leaves out what the state is.
+deletes its own once no checkpoint of StepCheckpoint's needs them, and none where others are
+written, of which it cannot tell. On another number of ranks a run goes on with what they had in
+common. Leaves out what the state is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from fastrl.callbacks.step_checkpoint import FOLDER
+from fastrl.callbacks.step_checkpoint import FOLDER, StepCheckpoint
 from fastrl.checkpoint_io import AtomicCheckpointIO
 
 KEY = "drafter_ranks"
@@ -56,7 +57,8 @@ class RankFiles:
             return
         if self._rank:
             self._io.save_checkpoint(state(), folder / self._name(rl_step))
-            self._delete_old(folder, rl_step)
+            if all(isinstance(one, StepCheckpoint) for one in trainer.checkpoint_callbacks):
+                self._delete_old(folder, rl_step)
         trainer.strategy.barrier("RankFiles.save")
 
     def load(

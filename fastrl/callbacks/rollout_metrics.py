@@ -23,6 +23,9 @@ class RolloutMetrics(Callback):
     def __init__(self) -> None:
         self._clock = StepClock()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.resume()  # an epoch that is gone on with has no start
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.resume()
 

@@ -115,6 +115,9 @@ class RunSummary(Callback):
         # Lightning broadcasts the folder, so ask while all ranks are here: not when one has failed.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.resume()  # an epoch that is gone on with has no start
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.resume()
 

@@ -25,7 +25,7 @@ class StepClock:
         self._resumed_at = clock()
 
     def resume(self) -> None:
-        """Start counting here: at an epoch's start, and after validation."""
+        """Start counting here: at training's and an epoch's start, and after validation."""
         self._resumed_at = self._clock()
 
     def seconds(self) -> float:

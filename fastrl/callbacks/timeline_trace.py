@@ -8,14 +8,17 @@ rank is a process, its loop, engine and drafter are threads. Leaves out where sp
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastrl.callbacks.timeline_spans import RankStep, waits
 from fastrl.types import Span
 
 LANES = ("loop", "engine", "drafter")
+_LONGEST_LINE = 1 << 16
+"""In bytes, far beyond any that is written here."""
 
 
 def append_step(path: Path, ranks: Sequence[RankStep], rl_step: int) -> None:
@@ -27,7 +30,8 @@ def append_step(path: Path, ranks: Sequence[RankStep], rl_step: int) -> None:
         rl_step: RL steps finished.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists() or path.stat().st_size == 0
+    with path.open("a+b") as file:
+        is_new = _end_of_whole_lines(file) == 0
     with path.open("a", encoding="utf-8") as file:
         if is_new:
             file.write("[\n")
@@ -51,6 +55,19 @@ def events(ranks: Sequence[RankStep], rl_step: int) -> Iterator[dict[str, Any]]:
                     "dur": round(1e6 * span.seconds, 1),
                     "args": {"rl_step": rl_step},
                 }
+
+
+def _end_of_whole_lines(file: BinaryIO) -> int:
+    """Its size, after a line that a killed run has not finished is cut off: a trace that goes on
+    behind one is not JSON."""
+    size = file.seek(0, os.SEEK_END)
+    start = max(size - _LONGEST_LINE, 0)
+    file.seek(start)
+    tail = file.read()
+    whole = tail.rfind(b"\n") + 1
+    if whole == len(tail):
+        return size
+    return file.truncate(start + whole)
 
 
 def _names(num_ranks: int) -> Iterator[dict[str, Any]]:

@@ -36,7 +36,7 @@ from fastrl.datamodules.streams import BatchLoader, load_batches
 from fastrl.model_files import resolve_model
 from fastrl.rollout.architecture import architecture_of_folder, differences
 from fastrl.rollout.engine import RolloutEngine
-from fastrl.rollout.rank_board import IdleHook, IdleTime, RankBoard
+from fastrl.rollout.rank_board import IdleHook, IdleTime, RankBoard, RankError
 from fastrl.types import PolicySource, Prompt, RolloutBatch, SamplingParams, Span
 
 _SHORTEST_PHASE_S = 1e-5
@@ -359,8 +359,11 @@ class RolloutDataModule(pl.LightningDataModule):
         self._close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """The same when training fails, or is stopped with Ctrl-C; other ranks are told."""
+        """The same when training fails, or is stopped with Ctrl-C; other ranks are told, and the
+        error tells of them."""
         if self._board is not None:
+            if not isinstance(exception, RankError | KeyboardInterrupt):
+                self._board.explain(exception)
             self._board.fail(exception)
         self._close()
 

@@ -154,6 +154,31 @@ class RankBoard:
         """
         return self._count("finished") < self._num_ranks
 
+    def explain(self, error: BaseException) -> None:
+        """Add to an error what is known of ranks that have failed or ended: one raised by a
+        collective, in the update say, comes of that and names nobody."""
+        own = f"failed with {type(error).__name__}: {str(error)[:1000]}"
+        try:
+            notes = self._notes()
+        except dist.DistError:
+            error.add_note(
+                f"rank {self._rank} cannot reach the process group's store: rank 0 keeps it (or "
+                f"torchrun's agent), and has ended; what it printed tells why; resume with "
+                f"--ckpt_path last"
+            )
+            return
+        gone = [
+            f"rank {rank} {note.what}"
+            if note.is_failed
+            else f"rank {rank} has ended: it {_told(note)}"
+            for rank, note in notes.items()
+            if note.what != own and (note.is_failed or has_ended(note.process, self._identity))
+        ]
+        if gone:
+            error.add_note(
+                f"{'; '.join(gone)}. What that rank printed tells why; resume with --ckpt_path last"
+            )
+
     def fail(self, error: BaseException) -> None:
         """Have the ranks that wait for this one, now or in the next rollout, raise at once."""
         if self._has_failed:

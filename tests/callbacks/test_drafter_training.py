@@ -452,6 +452,33 @@ def test_hook_and_feature_collection_end_with_the_fit(drafter_path: str) -> None
     assert not module.collect_features
 
 
+def test_loading_gives_a_resumed_run_no_time_to_train(drafter_path: str, tmp_path: Path) -> None:
+    """Its first RL step's share is of that step, though it is not the first of an epoch."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1
+        return now
+
+    class LongLoading(Callback):
+        def on_fit_start(self, *_: Any) -> None:
+            nonlocal now
+            now += 1000
+
+    numbers: list[list[float]] = []
+    saver = ModelCheckpoint(
+        dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1
+    )
+    fit(small_callback(), drafter_path, 2, others=[saver])
+    callback = small_callback(steps_per_batch=None, max_step_share=0.5)
+    callback.budget = TimeBudget(0.5, clock)
+    others = [LongLoading(), recorded_metrics(["drafter/num_steps"], into=numbers)]
+    fit(callback, drafter_path, 2, others=others, ckpt_path=str(tmp_path / "step=1.ckpt"))
+    assert len(numbers) == 1
+    assert numbers[0][0] < 20
+
+
 @pytest.mark.parametrize("idle_polls", [None, 2])
 def test_a_resumed_run_continues_bit_identically(
     drafter_path: str, tmp_path: Path, idle_polls: int | None

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from fastrl.callbacks import DrafterTraining, StepCheckpoint, Timeline
 from fastrl.callbacks.drafter_ranks import seed_of_rank
@@ -128,7 +129,7 @@ def fit(
         logger=logger,
         log_every_n_steps=1,
         callbacks=[training, recorder, *others],
-        enable_checkpointing=any(isinstance(one, StepCheckpoint) for one in others),
+        enable_checkpointing=any(isinstance(one, Checkpoint) for one in others),
         enable_progress_bar=False,
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
@@ -280,6 +281,40 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path: Path, place:
     assert list(tmp_path.rglob("last.ckpt"))  # of a whole step before
 
 
+class DyingInUpdate(Callback):
+    """Kills a rank between a rollout and its update, where the others wait in a collective."""
+
+    def __init__(self, victim: int) -> None:
+        self.victim = victim
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if module.rl_step == 1 and trainer.global_rank == self.victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_in_which_a_rank_dies_in_an_update(folder: str, victim: int) -> None:
+    others = (DyingInUpdate(victim),)
+    error = raised(
+        lambda: fit(folder, make_training(), make_data(NUM_STEPS), others=others, num_ranks=2)
+    )
+    (Path(folder) / f"raised{rank_of_process()}").write_text(" ".join(error))
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("victim", "told"),
+    [(0, "Rank 0 keeps it"), (1, "rank 1 has ended: it last wrote 'done' in rollout 2")],
+)
+def test_an_error_of_a_collective_names_the_rank_that_was_killed(
+    tmp_path: Path, victim: int, told: str
+) -> None:
+    with pytest.raises(AssertionError, match="exit statuses"):
+        run_ranks(run_in_which_a_rank_dies_in_an_update, tmp_path, str(tmp_path), victim)
+    message = (tmp_path / f"raised{1 - victim}").read_text()
+    assert told.lower() in message.lower()
+    assert "resume with --ckpt_path last" in message
+
+
 class FailingTraining(DrafterTraining):
     """Raises in idle time, on one rank."""
 
@@ -397,6 +432,18 @@ def test_a_resumed_run_of_two_ranks_goes_on_with_each_ranks_own_state(
     names = sorted(path.name for path in folder.rglob("drafter-step*"))
     # Those of the last checkpoint, and of the one before it, which last.ckpt would need.
     assert names == ["drafter-step2-rank1.ckpt", "drafter-step3-rank1.ckpt"]
+
+
+def run_with_lightnings_checkpoints(folder: str) -> None:
+    saver = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1)
+    fit(folder, make_training(), make_data(4), others=(saver,), num_ranks=2)
+
+
+def test_no_file_of_a_rank_is_deleted_where_lightning_names_checkpoints(tmp_path: Path) -> None:
+    run_ranks(run_with_lightnings_checkpoints, tmp_path / "ranks", str(tmp_path / "run"))
+    assert len(list((tmp_path / "run").rglob("epoch=*.ckpt"))) == 4
+    names = sorted(path.name for path in (tmp_path / "run").rglob("drafter-step*"))
+    assert names == [f"drafter-step{step}-rank1.ckpt" for step in (1, 2, 3, 4)]
 
 
 def test_one_rank_goes_on_with_what_two_had_in_common(

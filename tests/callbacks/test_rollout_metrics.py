@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fastrl.callbacks.rollout_metrics import (
     RolloutMetrics,
@@ -11,6 +11,7 @@ from fastrl.callbacks.rollout_metrics import (
     bar_values,
     rollout_scalars,
 )
+from fastrl.callbacks.run_summary import RunSummary
 from fastrl.callbacks.step_clock import StepClock
 from fastrl.types import EngineStats
 from tests.fake_run import FakePolicy, FakeRollouts, make_batch
@@ -120,3 +121,46 @@ def test_the_step_clock_leaves_out_what_ends_with_a_resume() -> None:
     clock.resume()  # 20, after 7 seconds of validation
     assert clock.lap() == 4.5
     assert clock.lap() == 1
+
+
+class LongLoading(Callback):
+    """Loading takes 1000 seconds of the clock that it is; saves after the first RL step."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds += 1000
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if pl_module.rl_step == 1:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "step-1.ckpt")
+
+
+def test_the_first_step_of_a_resumed_run_leaves_out_loading(tmp_path: Path) -> None:
+    """Lightning tells of no epoch's start where a run goes on within one."""
+    for ckpt_path in (None, tmp_path / "step-1.ckpt"):
+        loading, metrics, summary = LongLoading(), RolloutMetrics(), RunSummary()
+        metrics._clock, summary._clock = StepClock(loading), StepClock(loading)
+        recorder = RecordingLogger(tmp_path)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            limit_val_batches=0,
+            log_every_n_steps=1,
+            default_root_dir=tmp_path,
+            logger=recorder,
+            callbacks=[loading, metrics, summary],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = FakeRollouts("tiny", num_steps=3)
+        weights_only = None if ckpt_path is None else True
+        policy = FakePolicy("tiny")
+        trainer.fit(policy, datamodule=data, ckpt_path=ckpt_path, weights_only=weights_only)
+        steps = [s["time/step"] for _, s in recorder.logged if "time/step" in s]
+        assert steps == [0.0] * (3 if ckpt_path is None else 2)
+        assert summary._totals.step_seconds == 0

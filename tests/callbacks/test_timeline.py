@@ -18,6 +18,7 @@ from fastrl.callbacks import Timeline
 from fastrl.callbacks.timeline_picture import picture
 from fastrl.callbacks.timeline_spans import RankStep
 from fastrl.callbacks.timeline_trace import append_step, read, span_of
+from fastrl.callbacks.timeline_trace import events as trace_events
 from fastrl.types import EngineStats, RolloutBatch, Span
 from tests.callbacks.test_timeline_spans import rank, span
 from tests.fake_run import FakePolicy, FakeRollouts, make_batch
@@ -159,6 +160,23 @@ def test_a_trace_is_what_perfetto_reads_and_survives_a_killed_run(tmp_path: Path
     assert [(event["ts"], event["dur"]) for event in waiting[:2]] == [(5e6, 1e6), (8e6, 3e6)]
     path.write_text(text[:-20])
     assert len(read(path)) == len(events) - 1
+
+
+@pytest.mark.parametrize("num_bytes_left", [1, 40, -1, -20])
+def test_a_resumed_run_goes_on_behind_a_line_that_was_not_finished(
+    tmp_path: Path, num_bytes_left: int
+) -> None:
+    """Killed while it wrote, in the first line, in a later one, or before a line's end."""
+    path = tmp_path / "timeline.json"
+    append_step(path, [rank(11)], 1)
+    path.write_bytes(path.read_bytes()[:num_bytes_left])
+    whole = [event for event in read(path) if event["ph"] == "X"][: 0 if num_bytes_left > 0 else 99]
+    append_step(path, [rank(11)], 2)
+    events = json.loads(path.read_text().rstrip().rstrip(",") + "]")
+    assert events == read(path)
+    steps = [event["args"]["rl_step"] for event in events if event["ph"] == "X"]
+    assert steps.count(1) in (len(whole), len(whole) - 1)
+    assert steps.count(2) == len(list(trace_events([rank(11)], 2)))
 
 
 def share_of(image_HWC: np.ndarray, colour: tuple[int, int, int]) -> float:
