@@ -163,6 +163,7 @@ class DrafterTraining(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a run that has no drafter, or fewer ranks than have to be idle."""
+        self._files = RankFiles(trainer)
         if stage != "fit":
             return
         if _engine(trainer).drafter_path is None:
@@ -177,7 +178,6 @@ class DrafterTraining(Callback):
                 f"ranks are never idle while another generates; lower it, or leave 'idle' out of "
                 f"`when`"
             )
-        self._files = RankFiles(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the drafter under training: a float32 copy of its own, beside the engine's.

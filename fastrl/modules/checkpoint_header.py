@@ -20,7 +20,8 @@ FORMAT = 6
 another. 2: what the model-based bandit keeps of acceptance and step times, by bucket. 3: a step's
 histograms and texts, its heat map, if it is not drawn yet, and estimates of acceptance that a
 bucket has of its own. 4: those of n-grams, by rows with a reference. 5: profiles of step times by
-context, and steps of the bandit that wait to be learned without their place."""
+context, and steps of the bandit that wait to be learned without their place. 6: co-training's steps
+since its last publication, and what it did in idle time."""
 
 
 def make_header(algorithm: type, config: PretrainedConfig) -> dict[str, Any]:

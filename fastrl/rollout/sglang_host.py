@@ -37,8 +37,9 @@ from fastrl.rollout.sglang_steps import Rehearsal, RequestSteps, SessionReport
 
 _WATCH_INTERVAL_S = 0.5
 _RPC_TIMEOUT_S = 120
-_IDLE_TIMEOUT_S = 60
 """A scheduler answers between two steps, or two chunks of a prefill."""
+_IDLE_TIMEOUT_S = 60
+"""Within which a step that is under way ends."""
 _OLDEST, _TOO_NEW = (0, 5, 17), (0, 5, 22)
 
 

@@ -726,3 +726,15 @@ def test_a_drafter_of_another_target_is_refused(tmp_path: Path) -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_callback(**options)
+
+
+def test_a_checkpoint_can_be_saved_after_a_validation_alone(tmp_path: Path) -> None:
+    callback = DrafterTraining()
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    module = LightningModule()
+    module.rl_step = 3
+    callback.setup(trainer, module, "validate")
+    checkpoint: dict[str, Any] = {}
+    callback.on_save_checkpoint(trainer, module, checkpoint)
+    assert checkpoint["drafter_ranks"]["num_ranks"] == 1
+    assert checkpoint["drafter_ranks"]["rl_step"] == 3
